@@ -1,0 +1,53 @@
+# Everything runs in .venv of this checkout. `make` alone lists the targets.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.numprune-ready
+TORCH := torch==2.13.0
+
+# The first Python that works; set PYTHON=... to choose another.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo repro test train ui-prefect ui-mlflow clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with exactly the versions in constraints.txt.
+
+# torch comes first and by its exact version: pip then takes the CPU build where one is at hand, and no second one.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 not found: install one or set PYTHON=/path/to/python."; exit 2; }
+	@test -x $(BIN)/python || { echo "Creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing dependencies (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pipeline,dev]' -c constraints.txt
+	@touch $@
+
+demo: setup ## Compress the reference model as params.yaml says; prints a table, registers the results.
+	@$(BIN)/python -m flows.compress
+
+repro: setup ## The same files with DVC alone: no Prefect, no MLflow.
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+
+test: setup ## Format, lint, types, unit tests, then the pipeline tests.
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest -q -m "not pipeline and not gpu"
+	@$(BIN)/pytest -q -m "pipeline and not gpu"
+
+train: setup ## Train the reference model again (an hour or more on a CPU).
+	@$(BIN)/python -m flows.train_reference
+
+ui-prefect: setup ## Open Prefect's page: runs, progress, logs, tables.
+	@$(BIN)/python -m flows.web prefect
+
+ui-mlflow: setup ## Open MLflow's page: metrics and registered versions.
+	@$(BIN)/python -m flows.web mlflow
+
+clean: ## Remove results and caches; .venv, models and registered versions stay.
+	@rm -rf artifacts report data/corpus .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
