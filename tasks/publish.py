@@ -1,0 +1,300 @@
+"""Publish a pruned checkpoint in MLflow: one run and one registered version for each content.
+
+The pipeline's stages never write to MLflow, because a stage whose results are restored from the cache would log nothing.
+This step reads what they left (`dvc.lock`, the plan, the metric files) and can be repeated at any time: it finds what is
+already there. A crash leaves a run that is not finished, and the next call completes it.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from numprune.errors import NumpruneError
+from tasks.layout import dense_artifacts, model_artifacts, model_folder, ratio_artifacts
+from tasks.parameters import PARAMETERS_FILE, Registry, load_parameters
+from tasks.step import run_step
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
+
+LOCK_FILE = Path("dvc.lock")
+RECIPE = "paper"
+CANDIDATE = "candidate"
+
+
+@dataclass(frozen=True)
+class Release:
+    """A pruned checkpoint and what identifies it; hashes are DVC's."""
+
+    model: str
+    ratio: float
+    checkpoint: Path
+    checkpoint_hash: str
+    source_hash: str
+    calibration_hash: str
+    plan_hash: str
+    metric_files: Mapping[str, Path]
+    """By the name they have in MLflow."""
+    evidence_hash: str
+    """Of the checkpoint and of every metric file: what one run documents."""
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """What a registered version says of its origin."""
+        return {
+            "model": self.model,
+            "ratio": str(self.ratio),
+            "recipe": RECIPE,
+            "content_hash": self.checkpoint_hash,
+            "source_hash": self.source_hash,
+            "calibration_hash": self.calibration_hash,
+            "plan_hash": self.plan_hash,
+        }
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A version in the model registry."""
+
+    model: str
+    ratio: float
+    version: int
+    is_new: bool
+    """Whether this call wrote anything."""
+
+
+def publish(model: str, ratio: float) -> Publication:
+    """Logs and registers the checkpoint of one model and ratio, unless that is done already.
+
+    Raises:
+        NumpruneError: If a stage it needs has not run, or a file is not the one in dvc.lock.
+    """
+    release = read_release(model, ratio)
+    registry = load_parameters().registry
+    client = connect(registry)
+    experiment = _experiment(client, registry)
+    run = _find_run(client, experiment, release)
+    version = _find_version(client, release)
+    if run is not None and run.info.status == "FINISHED" and version is not None:
+        _point_alias(client, f"ratio-{ratio}", version)
+        return Publication(model, ratio, int(version.version), is_new=False)
+    run = run or _create_run(client, experiment, release)
+    _log_run(client, run, release)
+    version = version or _register(client, experiment, run, release)
+    client.set_model_version_tag(model, version.version, "evaluation_run", run.info.run_id)
+    _point_alias(client, f"ratio-{ratio}", version)
+    _point_alias(client, CANDIDATE, version)
+    # Last of all: a finished run means that everything above is there.
+    client.set_terminated(run.info.run_id)
+    return Publication(model, ratio, int(version.version), is_new=True)
+
+
+def read_release(model: str, ratio: float) -> Release:
+    """Reads from `dvc.lock` what identifies a checkpoint, and checks that the small files are the ones it names.
+
+    Raises:
+        NumpruneError: If a stage it needs has not run, or a file is not the one in dvc.lock.
+    """
+    hashes = _locked_hashes()
+    folder = ratio_artifacts(model, ratio)
+    metric_files = {
+        "evaluation.json": folder / "evaluation.json",
+        "benchmark.json": folder / "benchmark.json",
+        "dense/evaluation.json": dense_artifacts(model) / "evaluation.json",
+    }
+    plan = folder / "plan.json"
+    for path in (plan, *metric_files.values()):
+        if not path.exists() or hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != hashes.get(path):
+            raise NumpruneError(f"{path} is missing or not the file that {LOCK_FILE} names: run `dvc repro` first.")
+    checkpoint = folder / "checkpoint"
+    needed = (checkpoint, model_folder(model), model_artifacts(model) / "calibration.safetensors")
+    for path in needed:
+        if path not in hashes or not path.exists():
+            raise NumpruneError(f"{path} is missing or not in {LOCK_FILE}: run `dvc repro` first.")
+    evidence = [hashes[path] for path in (checkpoint, plan, *metric_files.values())]
+    return Release(
+        model=model,
+        ratio=ratio,
+        checkpoint=checkpoint,
+        checkpoint_hash=hashes[checkpoint],
+        source_hash=hashes[needed[1]],
+        calibration_hash=hashes[needed[2]],
+        plan_hash=hashes[plan],
+        metric_files={"plan.json": plan, **metric_files},
+        evidence_hash=hashlib.sha256(" ".join(evidence).encode()).hexdigest(),
+    )
+
+
+def connect(registry: Registry) -> "MlflowClient":
+    """Opens the tracking server or database, whose folder is created if needed."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    from mlflow import MlflowClient
+
+    if registry.tracking_uri.startswith("sqlite:///"):
+        Path(registry.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)
+
+
+def _locked_hashes() -> dict[Path, str]:
+    try:
+        stages = yaml.safe_load(LOCK_FILE.read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        raise NumpruneError(f"{LOCK_FILE} not found in {Path.cwd()}: run `dvc repro` first.") from None
+    entries = [entry for stage in stages.values() for entry in (*stage.get("deps", []), *stage.get("outs", []))]
+    return {Path(entry["path"]): entry["md5"] for entry in entries if "md5" in entry}
+
+
+def _experiment(client: "MlflowClient", registry: Registry) -> "Experiment":
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(registry.experiment)
+    if experiment is None:
+        try:
+            client.create_experiment(registry.experiment, artifact_location=_artifact_location(registry))
+        except MlflowException:  # Another process was faster.
+            pass
+        experiment = client.get_experiment_by_name(registry.experiment)
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise NumpruneError(
+            f"The MLflow experiment {registry.experiment!r} was deleted: restore it (`mlflow experiments restore`) or "
+            "name another in registry.experiment."
+        )
+    return experiment
+
+
+def _artifact_location(registry: Registry) -> str | None:
+    if urlsplit(registry.artifacts).scheme:
+        return registry.artifacts
+    if urlsplit(registry.tracking_uri).scheme in {"http", "https"}:
+        return None  # A server keeps its files where it was told to, not in a folder of this machine.
+    return Path(registry.artifacts).resolve().as_uri()
+
+
+def _find_run(client: "MlflowClient", experiment: "Experiment", release: Release) -> "Run | None":
+    runs = client.search_runs(
+        [experiment.experiment_id],
+        f"tags.evidence_hash = '{release.evidence_hash}' and tags.model = '{release.model}'",
+        order_by=["attributes.start_time ASC"],
+        max_results=1,
+    )
+    return runs[0] if runs else None
+
+
+def _create_run(client: "MlflowClient", experiment: "Experiment", release: Release) -> "Run":
+    tags = {**release.tags, **_git_state(), "evidence_hash": release.evidence_hash}
+    return client.create_run(experiment.experiment_id, tags=tags, run_name=f"{release.model}-{release.ratio}")
+
+
+def _log_run(client: "MlflowClient", run: "Run", release: Release) -> None:
+    from mlflow.entities import Metric, Param
+
+    # The time of the run's start, not of this call: logged again after a crash, a metric is the same point.
+    time = run.info.start_time
+    metrics = [Metric(name, value, time, step=0) for name, value in _metrics(release).items()]
+    params = [Param(name, str(value)) for name, value in _run_parameters()]
+    client.log_batch(run.info.run_id, metrics=metrics, params=params)
+    for name, path in {**release.metric_files, "params.yaml": PARAMETERS_FILE, "dvc.lock": LOCK_FILE}.items():
+        parent = Path(name).parent
+        client.log_artifact(run.info.run_id, str(path), None if parent == Path() else str(parent))
+
+
+def _metrics(release: Release) -> dict[str, float]:
+    plan, evaluation, benchmark, dense = (
+        json.loads(release.metric_files[name].read_text(encoding="utf-8"))
+        for name in ("plan.json", "evaluation.json", "benchmark.json", "dense/evaluation.json")
+    )
+    metrics: dict[str, float] = {name: plan[name] for name in ("requested_ratio", "achieved_ratio")}
+    metrics |= {f"dense_{name}": dense[name] for name in ("perplexity", "bits_per_byte")}
+    metrics |= {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
+    for name, value in benchmark["pruned"].items():
+        metrics |= {name: value, f"dense_{name}": benchmark["dense"][name]}
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def _run_parameters() -> Iterator[tuple[str, Any]]:
+    sections = load_parameters().model_dump(mode="json", include={"calibration", "recipe", "evaluation", "benchmark"})
+    for section, values in sections.items():
+        yield from ((f"{section}.{name}", value) for name, value in values.items())
+
+
+def _find_version(client: "MlflowClient", release: Release) -> "ModelVersion | None":
+    versions = client.search_model_versions(f"name = '{release.model}' and tags.content_hash = '{release.checkpoint_hash}'")
+    # Two ratios can give the same checkpoint; each has a version of its own, because each has an alias.
+    return next((version for version in versions if version.tags.get("ratio") == str(release.ratio)), None)
+
+
+def _register(client: "MlflowClient", experiment: "Experiment", run: "Run", release: Release) -> "ModelVersion":
+    from mlflow.exceptions import MlflowException
+
+    model = _log_model(client, experiment, run, release)
+    try:
+        client.create_registered_model(release.model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return client.create_model_version(
+        release.model,
+        source=f"models:/{model.model_id}",
+        run_id=run.info.run_id,
+        model_id=model.model_id,
+        tags={**release.tags, **_git_state()},
+        description=f"{release.model} with {release.ratio:.0%} of its attention and MLP parameters removed.",
+    )
+
+
+def _log_model(client: "MlflowClient", experiment: "Experiment", run: "Run", release: Release) -> "LoggedModel":
+    """Copies the checkpoint to MLflow's files; it stays a folder that `from_pretrained` loads."""
+    found = client.search_logged_models(
+        [experiment.experiment_id], f"tags.content_hash = '{release.checkpoint_hash}' and tags.ratio = '{release.ratio}'"
+    )
+    for model in found:
+        if str(model.status) == "READY" and model.model_id:
+            return model
+        # Left by a crash in the middle of the copy. A new copy is safer than one of unknown state.
+        client.delete_logged_model(model.model_id)
+    model = client.create_logged_model(
+        experiment.experiment_id,
+        name=f"{release.model}-{release.ratio}",
+        source_run_id=run.info.run_id,
+        tags=release.tags,
+        params={"ratio": str(release.ratio), "recipe": RECIPE},
+        model_type="pruned-transformer",
+    )
+    client.log_model_artifacts(model.model_id, str(release.checkpoint))
+    return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _point_alias(client: "MlflowClient", alias: str, version: "ModelVersion") -> None:
+    aliases = client.get_registered_model(version.name).aliases
+    if str(aliases.get(alias)) != str(version.version):
+        client.set_registered_model_alias(version.name, alias, str(version.version))
+
+
+def _git_state() -> dict[str, str]:
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {"git_commit": "none", "git_dirty": "unknown"}
+    return {"git_commit": commit, "git_dirty": str(bool(changes.strip())).lower()}
+
+
+def _publish_and_say(model: str, ratio: float) -> None:
+    publication = publish(model, ratio)
+    state = "registered" if publication.is_new else "unchanged"
+    print(f"{publication.model} version {publication.version} (ratio {publication.ratio}): {state}")
+
+
+if __name__ == "__main__":
+    run_step(_publish_and_say)

@@ -1,0 +1,146 @@
+"""Sum up dense against pruned: a table, the same as JSON, and a picture of perplexity against the share removed."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from numprune.files import replace_on_success
+from tasks.layout import REPORT, dense_artifacts, ratio_artifacts
+from tasks.parameters import load_parameters
+from tasks.step import run_step
+
+
+class Row(TypedDict):
+    """One model, dense or at one ratio."""
+
+    model: str
+    ratio: float | None
+    """As requested; None: dense."""
+    removed: float
+    """Share of the attention and MLP parameters that really went."""
+    parameters: int
+    checkpoint_bytes: int
+    perplexity: float
+    perplexity_without_compensation: float | None
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+
+COLUMNS = (
+    "model",
+    "removed",
+    "parameters",
+    "file size",
+    "perplexity",
+    "without compensation",
+    "tokens/s",
+    "peak memory",
+)
+
+
+def summarise() -> None:
+    """Writes `report/summary.json`, `report/summary.md` and `report/perplexity.png` from all metric files."""
+    parameters = load_parameters()
+    rows = [row for model in parameters.models for row in read_rows(model, parameters.ratios)]
+    with replace_on_success(REPORT / "summary.json") as path:
+        path.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
+    with replace_on_success(REPORT / "summary.md") as path:
+        path.write_text(_markdown(rows), encoding="utf-8")
+    with replace_on_success(REPORT / "perplexity.png") as path:
+        draw(rows, path)
+
+
+def read_rows(model: str, ratios: Sequence[float]) -> list[Row]:
+    """The dense model, then each ratio in rising order."""
+    dense = _read(dense_artifacts(model) / "evaluation.json")
+    rows: list[Row] = []
+    for ratio in sorted(ratios):
+        folder = ratio_artifacts(model, ratio)
+        plan, evaluation, benchmark = (
+            _read(folder / f"{name}.json") for name in ("plan", "evaluation", "benchmark")
+        )
+        if not rows:
+            # Each benchmark measures the dense model again; one of them stands for it.
+            rows.append(_row(model, None, 0.0, benchmark["dense"], dense))
+        rows.append(_row(model, ratio, plan["achieved_ratio"], benchmark["pruned"], evaluation))
+    return rows
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text, in the order of `COLUMNS`."""
+    without = row["perplexity_without_compensation"]
+    return (
+        row["model"] if row["ratio"] is None else f"{row['model']} {row['ratio']:g}",
+        "dense" if row["ratio"] is None else f"{row['removed']:.1%}",
+        f"{row['parameters'] / 1e6:,.2f} M",
+        f"{row['checkpoint_bytes'] / 1e6:,.1f} MB",
+        f"{row['perplexity']:.2f}",
+        "" if without is None else f"{without:.2f}",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['peak_memory_bytes'] / 1e6:,.0f} MB",
+    )
+
+
+def draw(rows: Iterable[Row], path: Path) -> None:
+    """Draws perplexity against the share removed, one panel a model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    by_model: dict[str, list[Row]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], []).append(row)
+    # Colours of Okabe and Ito, told apart by every kind of colour vision; marks and dashes differ as well.
+    blue, orange, grey = "#0072B2", "#D55E00", "#555555"
+    figure, panels = pyplot.subplots(
+        1, len(by_model), figsize=(6.4 * len(by_model), 4.2), squeeze=False, layout="constrained"
+    )
+    for panel, (model, (dense, *pruned)) in zip(panels[0], by_model.items(), strict=True):
+        removed = [0.0, *(100 * row["removed"] for row in pruned)]
+        compensated = [dense["perplexity"], *(row["perplexity"] for row in pruned)]
+        raw = [dense["perplexity"], *(row["perplexity_without_compensation"] or float("nan") for row in pruned)]
+        panel.plot(removed, raw, color=orange, marker="s", linestyle="--", label="without compensation")
+        panel.plot(removed, compensated, color=blue, marker="o", label="with compensation")
+        panel.axhline(dense["perplexity"], color=grey, linestyle=":", label="dense")
+        for x, y in zip(removed[1:], compensated[1:], strict=True):
+            panel.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, -14), ha="center", color=blue)
+        for x, y in zip(removed[1:], raw[1:], strict=True):
+            panel.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, 8), ha="center", color=orange)
+        panel.set_title(model)
+        panel.set_xlabel("attention and MLP parameters removed (%)")
+        panel.set_ylabel("perplexity (lower is better)")
+        panel.margins(x=0.08, y=0.15)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, loc="upper left")
+    figure.savefig(path, dpi=150, format="png")
+    pyplot.close(figure)
+
+
+def _row(model: str, ratio: float | None, removed: float, benchmark: dict[str, Any], evaluation: dict[str, Any]) -> Row:
+    return Row(
+        model=model,
+        ratio=ratio,
+        removed=removed,
+        parameters=benchmark["parameters"],
+        checkpoint_bytes=benchmark["checkpoint_bytes"],
+        perplexity=evaluation["perplexity"],
+        perplexity_without_compensation=evaluation.get("perplexity_without_compensation"),
+        tokens_per_second=benchmark["tokens_per_second"],
+        peak_memory_bytes=benchmark["peak_memory_bytes"],
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _markdown(rows: Iterable[Row]) -> str:
+    header = f"| {' | '.join(COLUMNS)} |\n|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}\n"
+    return header + "".join(f"| {' | '.join(cells(row))} |\n" for row in rows)
+
+
+if __name__ == "__main__":
+    run_step(summarise)
