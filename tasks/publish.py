@@ -8,6 +8,7 @@ already there. A crash leaves a run that is not finished, and the next call comp
 import hashlib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -139,10 +140,13 @@ def connect(registry: Registry) -> "MlflowClient":
     """Opens the tracking server or database, whose folder is created if needed."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    import mlflow
     from mlflow import MlflowClient
 
     if registry.tracking_uri.startswith("sqlite:///"):
         Path(registry.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    # The registry looks a version's model up by the tracking URI of the process, not by the client's.
+    mlflow.set_tracking_uri(registry.tracking_uri)
     return MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)
 
 
@@ -229,7 +233,9 @@ def _run_parameters() -> Iterator[tuple[str, Any]]:
 
 
 def _find_version(client: "MlflowClient", release: Release) -> "ModelVersion | None":
-    versions = client.search_model_versions(f"name = '{release.model}' and tags.content_hash = '{release.checkpoint_hash}'")
+    versions = client.search_model_versions(
+        f"name = '{release.model}' and tags.content_hash = '{release.checkpoint_hash}'"
+    )
     # Two ratios can give the same checkpoint; each has a version of its own, because each has an alias.
     return next((version for version in versions if version.tags.get("ratio") == str(release.ratio)), None)
 
@@ -256,7 +262,8 @@ def _register(client: "MlflowClient", experiment: "Experiment", run: "Run", rele
 def _log_model(client: "MlflowClient", experiment: "Experiment", run: "Run", release: Release) -> "LoggedModel":
     """Copies the checkpoint to MLflow's files; it stays a folder that `from_pretrained` loads."""
     found = client.search_logged_models(
-        [experiment.experiment_id], f"tags.content_hash = '{release.checkpoint_hash}' and tags.ratio = '{release.ratio}'"
+        [experiment.experiment_id],
+        f"tags.content_hash = '{release.checkpoint_hash}' and tags.ratio = '{release.ratio}'",
     )
     for model in found:
         if str(model.status) == "READY" and model.model_id:
@@ -265,7 +272,7 @@ def _log_model(client: "MlflowClient", experiment: "Experiment", run: "Run", rel
         client.delete_logged_model(model.model_id)
     model = client.create_logged_model(
         experiment.experiment_id,
-        name=f"{release.model}-{release.ratio}",
+        name=re.sub(r"[^\w-]", "-", f"{release.model}-{release.ratio}"),  # MLflow allows no dots here.
         source_run_id=run.info.run_id,
         tags=release.tags,
         params={"ratio": str(release.ratio), "recipe": RECIPE},

@@ -1,0 +1,55 @@
+"""What can be checked in milliseconds, before hours of work: that everything params.yaml names is there."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from numprune.errors import NumpruneError
+from tasks.layout import model_folder
+from tasks.parameters import Parameters
+
+# Written by the corpus stage.
+CORPUS_FILES = {Path("data/corpus/calibration.jsonl"), Path("data/corpus/evaluation.jsonl")}
+
+
+def check_inputs(parameters: Parameters) -> None:
+    """Checks models, data and packages.
+
+    Raises:
+        NumpruneError: If something is missing; it lists all of it.
+    """
+    mistakes = [*_models(parameters), *_data(parameters), *_packages(parameters)]
+    if mistakes:
+        raise NumpruneError("\n".join([f"params.yaml has {len(mistakes)} mistake(s):", *(f"  {m}" for m in mistakes)]))
+
+
+def _models(parameters: Parameters) -> Iterator[str]:
+    for name in parameters.models:
+        folder = model_folder(name)
+        if name in parameters.downloads:
+            continue
+        if not (folder / "config.json").is_file():
+            yield f"models: {folder} holds no model (config.json is missing): put one there or add downloads.{name}"
+        elif not any(folder.glob("*.safetensors")):
+            found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
+            yield (
+                f"models: {folder} holds no .safetensors weights (pickled weights: {found}): save the model again "
+                "with `model.save_pretrained`, which writes safetensors"
+            )
+
+
+def _data(parameters: Parameters) -> Iterator[str]:
+    for key, name in (("calibration.data", parameters.calibration.data), ("evaluation.data", parameters.evaluation.data)):
+        path = Path(name)
+        if path not in CORPUS_FILES and not path.is_file():
+            yield (
+                f"{key}: {name} is no file; the pipeline identifies data by its content, so a data set of the Hub has "
+                "to be saved as .jsonl first (the command line `numprune` takes its name)"
+            )
+
+
+def _packages(parameters: Parameters) -> Iterator[str]:
+    for key in ("calibration", "evaluation"):
+        missing = [name for name in getattr(parameters.corpus, key) if find_spec(name) is None]
+        if missing:
+            yield f"corpus.{key}: {', '.join(missing)} not installed: run `make setup`"

@@ -1,0 +1,222 @@
+"""Compress every model at every ratio of params.yaml, evaluate, benchmark and publish the results.
+
+A Prefect task for each stage of `dvc.yaml`, in the order of its graph. DVC decides what has to run and keeps the
+results; Prefect decides when, tries again, stops and shows. Run it from the root of the repository:
+
+    python -m flows.compress
+"""
+
+import sys
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.environment import prepare_environment
+
+prepare_environment()
+
+from prefect import flow, get_run_logger, task  # noqa: E402
+from prefect.artifacts import create_table_artifact  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.futures import PrefectFuture  # noqa: E402
+from prefect.states import Completed, Failed  # noqa: E402
+from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from flows import subprocess_group  # noqa: E402
+from flows.checks import check_inputs  # noqa: E402
+from flows.progress import StageProgress  # noqa: E402
+from flows.stages import Ending, Outcome, Progress, is_unchanged, run_stage, stage_graph  # noqa: E402
+from numprune.errors import NumpruneError  # noqa: E402
+from tasks.parameters import Parameters, load_parameters  # noqa: E402
+from tasks.publish import Publication, publish  # noqa: E402
+from tasks.step import USER_MISTAKE  # noqa: E402
+from tasks.summary import COLUMNS, Row, cells, read_rows  # noqa: E402
+
+ROOT = Path()
+
+# MLflow numbers versions in the order of registration: one at a time, lest two publishers race.
+_publishing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run of the flow did."""
+
+    rows: list[Row]
+    publications: list[Publication]
+    endings: Counter[str]
+
+    @property
+    def sentence(self) -> str:
+        """How many stages ran, and how many versions are new."""
+        ran, unchanged, restored = (
+            self.endings[e.value] for e in (Ending.COMPLETED, Ending.UNCHANGED, Ending.RESTORED)
+        )
+        stages = f"{ran} {'stage' if ran == 1 else 'stages'} run, {unchanged} unchanged"
+        if restored:
+            stages += f", {restored} restored from DVC's cache"
+        new = sum(publication.is_new for publication in self.publications)
+        return f"{stages}; {new} of {len(self.publications)} versions newly registered."
+
+
+def _is_worth_another_try(_task: Any, _run: Any, state: State[Any]) -> bool:
+    return state.name == Ending.FAILED.value and not subprocess_group.is_stopping()
+
+
+@task(
+    name="stage",
+    task_run_name="{stage}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=_is_worth_another_try,
+    retry_delay_seconds=2,
+)
+def reproduce(stage: str, timeout_hours: float) -> State[None]:
+    """Brings one stage up to date; its state is named after how it ended."""
+    if is_unchanged(ROOT, stage):
+        return Completed(name=Ending.UNCHANGED.value)
+    logger = get_run_logger()
+    shown = StageProgress(stage)
+
+    def take(line: str) -> None:
+        progress = Progress.read(line)
+        if progress is None or shown.is_worth_a_line(progress):
+            logger.info(line)
+        if progress is not None:
+            shown.update(progress)
+
+    return _state(stage, run_stage(stage, timeout_hours=timeout_hours, on_line=take))
+
+
+def _state(stage: str, outcome: Outcome) -> State[None]:
+    if outcome.ending in {Ending.REJECTED, Ending.FAILED}:
+        return Failed(name=outcome.ending.value, message=f"{stage}: {outcome.message}")
+    return Completed(name=outcome.ending.value)
+
+
+@task(
+    name="publish",
+    task_run_name="publish@{model}-{ratio}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=_is_worth_another_try,
+    retries=1,
+)
+def publish_version(model: str, ratio: float) -> Publication | State[None]:
+    """Registers a checkpoint in MLflow, unless it is registered."""
+    try:
+        with _publishing:
+            publication = publish(model, ratio)
+    except NumpruneError as error:
+        return Failed(name=Ending.REJECTED.value, message=f"publish@{model}-{ratio}: {error}")
+    what = "registered as" if publication.is_new else "is already"
+    get_run_logger().info("%s at ratio %s %s version %d", model, ratio, what, publication.version)
+    return publication
+
+
+@flow(name="compress", persist_result=False)
+def compress() -> Report | State[None]:
+    """Runs what is not up to date, publishes what is new, and shows dense against pruned."""
+    try:
+        parameters = load_parameters()
+        check_inputs(parameters)
+    except NumpruneError as error:
+        return Failed(name=Ending.REJECTED.value, message=str(error))
+    subprocess_group.allow()
+    with ThreadPoolTaskRunner(max_workers=parameters.orchestration.workers) as runner:
+        try:
+            stages = _submit_stages(runner, parameters)
+            publications = _submit_publications(runner, parameters, stages)
+            for future in (*stages.values(), *publications):
+                future.wait()
+        except BaseException:  # Ctrl-C and Prefect's cancellation among them.
+            subprocess_group.stop_all()
+            raise
+    states = [future.state for future in (*stages.values(), *publications)]
+    if failures := [state for state in states if state.is_failed() or state.is_crashed()]:
+        return _failed(failures, left_out=sum(not state.is_final() for state in states))
+    report = Report(
+        rows=[row for model in parameters.models for row in read_rows(model, parameters.ratios)],
+        publications=[future.result() for future in publications],
+        endings=Counter(str(future.state.name) for future in stages.values()),
+    )
+    _show(report)
+    return report
+
+
+def _submit_stages(
+    runner: ThreadPoolTaskRunner[Any], parameters: Parameters
+) -> dict[str, PrefectFuture[Any]]:
+    options = parameters.orchestration
+    stage_task = reproduce.with_options(retries=options.retries)
+    futures: dict[str, PrefectFuture[Any]] = {}
+    for stage, needed in stage_graph(ROOT).items():
+        arguments = {"stage": stage, "timeout_hours": options.timeout_hours}
+        futures[stage] = runner.submit(stage_task, arguments, wait_for=[futures[name] for name in sorted(needed)])
+    return futures
+
+
+def _submit_publications(
+    runner: ThreadPoolTaskRunner[Any], parameters: Parameters, stages: dict[str, PrefectFuture[Any]]
+) -> list[PrefectFuture[Any]]:
+    futures = []
+    for model in parameters.models:
+        for ratio in parameters.ratios:
+            measured = [f"evaluate_dense@{model}", f"evaluate@{model}-{ratio}", f"benchmark@{model}-{ratio}"]
+            needed = [stages[name] for name in measured]
+            futures.append(runner.submit(publish_version, {"model": model, "ratio": ratio}, wait_for=needed))
+    return futures
+
+
+def _failed(failures: list[State[Any]], *, left_out: int) -> State[None]:
+    rejected = all(state.name == Ending.REJECTED.value for state in failures)
+    messages = [state.message or str(state) for state in failures]
+    if left_out:
+        messages.append(f"{left_out} further tasks were left out because they need these results.")
+    return Failed(name=(Ending.REJECTED if rejected else Ending.FAILED).value, message="\n".join(messages))
+
+
+def _show(report: Report) -> None:
+    """A table on Prefect's page and the same in the terminal."""
+    versions = {(p.model, p.ratio): str(p.version) for p in report.publications}
+    columns = (*COLUMNS, "version")
+    lines = [(*cells(row), versions.get((row["model"], row["ratio"] or 0.0), "")) for row in report.rows]
+    table: list[dict[str, Any]] = [dict(zip(columns, line, strict=True)) for line in lines]
+    create_table_artifact(table, key="dense-against-pruned", description=f"Dense against pruned. {report.sentence}")
+    drawn = Table(title="dense against pruned")
+    for column in columns:
+        drawn.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for line in lines:
+        drawn.add_row(*line)
+    # Where the output is no terminal, its width is unknown, and a table cut at 80 columns cannot be read.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(drawn)
+    console.print(report.sentence, highlight=False)
+    get_run_logger().info(report.sentence)
+
+
+def main() -> int:
+    """Runs the flow; returns 0, 2 for a mistake in the input, 1 for another failure, 130 after Ctrl-C."""
+    try:
+        # Before Prefect's server is started: a mistake in params.yaml is said at once.
+        check_inputs(load_parameters())
+        state = compress(return_state=True)
+    except NumpruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        print("Stopped. What was finished stays; the next run goes on from there.", file=sys.stderr)
+        return 130
+    if state.is_completed():
+        return 0
+    print(f"error: {state.message}", file=sys.stderr)
+    return USER_MISTAKE if state.name == Ending.REJECTED.value else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
