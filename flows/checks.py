@@ -39,7 +39,10 @@ def _models(parameters: Parameters) -> Iterator[str]:
 
 
 def _data(parameters: Parameters) -> Iterator[str]:
-    for key, name in (("calibration.data", parameters.calibration.data), ("evaluation.data", parameters.evaluation.data)):
+    for key, name in (
+        ("calibration.data", parameters.calibration.data),
+        ("evaluation.data", parameters.evaluation.data),
+    ):
         path = Path(name)
         if path not in CORPUS_FILES and not path.is_file():
             yield (

@@ -31,10 +31,9 @@ from flows import subprocess_group  # noqa: E402
 from flows.checks import check_inputs  # noqa: E402
 from flows.progress import StageProgress  # noqa: E402
 from flows.stages import Ending, Outcome, Progress, is_unchanged, run_stage, stage_graph  # noqa: E402
-from numprune.errors import NumpruneError  # noqa: E402
+from numprune.errors import USER_MISTAKE, NumpruneError  # noqa: E402
 from tasks.parameters import Parameters, load_parameters  # noqa: E402
 from tasks.publish import Publication, publish  # noqa: E402
-from tasks.step import USER_MISTAKE  # noqa: E402
 from tasks.summary import COLUMNS, Row, cells, read_rows  # noqa: E402
 
 ROOT = Path()
@@ -149,9 +148,7 @@ def compress() -> Report | State[None]:
     return report
 
 
-def _submit_stages(
-    runner: ThreadPoolTaskRunner[Any], parameters: Parameters
-) -> dict[str, PrefectFuture[Any]]:
+def _submit_stages(runner: ThreadPoolTaskRunner[Any], parameters: Parameters) -> dict[str, PrefectFuture[Any]]:
     options = parameters.orchestration
     stage_task = reproduce.with_options(retries=options.retries)
     futures: dict[str, PrefectFuture[Any]] = {}
@@ -207,14 +204,14 @@ def main() -> int:
         check_inputs(load_parameters())
         state = compress(return_state=True)
     except NumpruneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         return USER_MISTAKE
     except KeyboardInterrupt:
         print("Stopped. What was finished stays; the next run goes on from there.", file=sys.stderr)
         return 130
     if state.is_completed():
         return 0
-    print(f"error: {state.message}", file=sys.stderr)
+    print(f"Error: {state.message}", file=sys.stderr)
     return USER_MISTAKE if state.name == Ending.REJECTED.value else 1
 
 

@@ -10,7 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 from flows import subprocess_group
-from tasks.step import USER_MISTAKE
+from numprune.errors import USER_MISTAKE
 
 _PROGRESS = re.compile(r"^(?P<what>\w[\w ]*) (?P<done>\d+)/(?P<total>\d+)")
 _EXIT_CODE = re.compile(r"exited with (-?\d+)")
@@ -67,13 +67,13 @@ class _Output:
     exit_code: int | None = None
     dvc_errors: list[str] = field(default_factory=list)
     error: list[str] = field(default_factory=list)
-    """Of the stage: from its line `error: ...` on."""
+    """Of the stage: from its line `Error: ...` on."""
     _last: str = ""
 
     def take(self, line: str) -> None:
         if self.started and not _DVC_AFTERWARDS.match(line):
-            if self.error or line.startswith("error: "):
-                self.error.append(line.removeprefix("error: "))
+            if self.error or line.startswith("Error: "):
+                self.error.append(line.removeprefix("Error: "))
                 return
             self._last = line or self._last
             self.on_line(line)

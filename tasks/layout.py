@@ -1,25 +1,55 @@
-"""Where the pipeline's files lie; `dvc.yaml` names the same places."""
+"""Where the pipeline's files lie, below the folder it runs in; `dvc.yaml` names the same places."""
 
 from pathlib import Path
 
+CORPUS = Path("data/corpus")
 REPORT = Path("report")
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a source model."""
+    """The dense checkpoint."""
     return Path("models") / model
 
 
-def model_artifacts(model: str) -> Path:
-    """What is made once for a model: calibration, statistics, scores."""
+def calibration_file(model: str) -> Path:
+    """The drawn token sequences."""
+    return _model_artifacts(model) / "calibration.safetensors"
+
+
+def statistics_folder(model: str) -> Path:
+    """Second moments, one file a block."""
+    return _model_artifacts(model) / "statistics"
+
+
+def scores_file(model: str) -> Path:
+    """Newton directions of all units."""
+    return _model_artifacts(model) / "scores.safetensors"
+
+
+def plan_file(model: str, ratio: float) -> Path:
+    """The pruning plan."""
+    return run_folder(model, ratio) / "plan.json"
+
+
+def checkpoint_folder(model: str, ratio: float) -> Path:
+    """The pruned checkpoint."""
+    return run_folder(model, ratio) / "checkpoint"
+
+
+def evaluation_file(model: str, ratio: float | None) -> Path:
+    """Quality of a pruned model, or of the dense one if there is no ratio."""
+    return run_folder(model, ratio) / "evaluation.json"
+
+
+def benchmark_file(model: str, ratio: float) -> Path:
+    """Cost of the dense and a pruned model."""
+    return run_folder(model, ratio) / "benchmark.json"
+
+
+def run_folder(model: str, ratio: float | None) -> Path:
+    """All files of one ratio, or of the dense model if there is none."""
+    return _model_artifacts(model) / ("dense" if ratio is None else str(ratio))
+
+
+def _model_artifacts(model: str) -> Path:
     return Path("artifacts") / model
-
-
-def dense_artifacts(model: str) -> Path:
-    """What is measured on the model before pruning."""
-    return model_artifacts(model) / "dense"
-
-
-def ratio_artifacts(model: str, ratio: float) -> Path:
-    """What is made for a model at one ratio: plan, checkpoint, evaluation, benchmark."""
-    return model_artifacts(model) / str(ratio)

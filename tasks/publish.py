@@ -1,10 +1,11 @@
 """Publish a pruned checkpoint in MLflow: one run and one registered version for each content.
 
-The pipeline's stages never write to MLflow, because a stage whose results are restored from the cache would log nothing.
-This step reads what they left (`dvc.lock`, the plan, the metric files) and can be repeated at any time: it finds what is
+The pipeline's stages never write to MLflow, because a stage whose results come from the cache would log nothing. This
+step reads what they left (`dvc.lock`, the plan, the metric files) and can be repeated at any time: it finds what is
 already there. A crash leaves a run that is not finished, and the next call completes it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,14 @@ from urllib.parse import urlsplit
 import yaml
 
 from numprune.errors import NumpruneError
-from tasks.layout import dense_artifacts, model_artifacts, model_folder, ratio_artifacts
+from tasks.layout import (
+    benchmark_file,
+    calibration_file,
+    checkpoint_folder,
+    evaluation_file,
+    model_folder,
+    plan_file,
+)
 from tasks.parameters import PARAMETERS_FILE, Registry, load_parameters
 from tasks.step import run_step
 
@@ -87,17 +95,22 @@ def publish(model: str, ratio: float) -> Publication:
     run = _find_run(client, experiment, release)
     version = _find_version(client, release)
     if run is not None and run.info.status == "FINISHED" and version is not None:
-        _point_alias(client, f"ratio-{ratio}", version)
+        _point_alias(client, ratio_alias(ratio), version)
         return Publication(model, ratio, int(version.version), is_new=False)
     run = run or _create_run(client, experiment, release)
     _log_run(client, run, release)
     version = version or _register(client, experiment, run, release)
     client.set_model_version_tag(model, version.version, "evaluation_run", run.info.run_id)
-    _point_alias(client, f"ratio-{ratio}", version)
+    _point_alias(client, ratio_alias(ratio), version)
     _point_alias(client, CANDIDATE, version)
     # Last of all: a finished run means that everything above is there.
     client.set_terminated(run.info.run_id)
     return Publication(model, ratio, int(version.version), is_new=True)
+
+
+def ratio_alias(ratio: float) -> str:
+    """The alias of the current version at a ratio: `ratio-0_2` for 0.2, since MLflow allows no dot."""
+    return f"ratio-{ratio}".replace(".", "_")
 
 
 def read_release(model: str, ratio: float) -> Release:
@@ -107,19 +120,17 @@ def read_release(model: str, ratio: float) -> Release:
         NumpruneError: If a stage it needs has not run, or a file is not the one in dvc.lock.
     """
     hashes = _locked_hashes()
-    folder = ratio_artifacts(model, ratio)
     metric_files = {
-        "evaluation.json": folder / "evaluation.json",
-        "benchmark.json": folder / "benchmark.json",
-        "dense/evaluation.json": dense_artifacts(model) / "evaluation.json",
+        "evaluation.json": evaluation_file(model, ratio),
+        "benchmark.json": benchmark_file(model, ratio),
+        "dense/evaluation.json": evaluation_file(model, None),
     }
-    plan = folder / "plan.json"
+    plan = plan_file(model, ratio)
     for path in (plan, *metric_files.values()):
         if not path.exists() or hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != hashes.get(path):
             raise NumpruneError(f"{path} is missing or not the file that {LOCK_FILE} names: run `dvc repro` first.")
-    checkpoint = folder / "checkpoint"
-    needed = (checkpoint, model_folder(model), model_artifacts(model) / "calibration.safetensors")
-    for path in needed:
+    checkpoint, source, calibration = checkpoint_folder(model, ratio), model_folder(model), calibration_file(model)
+    for path in (checkpoint, source, calibration):
         if path not in hashes or not path.exists():
             raise NumpruneError(f"{path} is missing or not in {LOCK_FILE}: run `dvc repro` first.")
     evidence = [hashes[path] for path in (checkpoint, plan, *metric_files.values())]
@@ -128,8 +139,8 @@ def read_release(model: str, ratio: float) -> Release:
         ratio=ratio,
         checkpoint=checkpoint,
         checkpoint_hash=hashes[checkpoint],
-        source_hash=hashes[needed[1]],
-        calibration_hash=hashes[needed[2]],
+        source_hash=hashes[source],
+        calibration_hash=hashes[calibration],
         plan_hash=hashes[plan],
         metric_files={"plan.json": plan, **metric_files},
         evidence_hash=hashlib.sha256(" ".join(evidence).encode()).hexdigest(),
@@ -164,10 +175,8 @@ def _experiment(client: "MlflowClient", registry: Registry) -> "Experiment":
 
     experiment = client.get_experiment_by_name(registry.experiment)
     if experiment is None:
-        try:
+        with contextlib.suppress(MlflowException):  # Another process was faster.
             client.create_experiment(registry.experiment, artifact_location=_artifact_location(registry))
-        except MlflowException:  # Another process was faster.
-            pass
         experiment = client.get_experiment_by_name(registry.experiment)
     if experiment is None or experiment.lifecycle_stage != "active":
         raise NumpruneError(

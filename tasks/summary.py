@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from numprune.files import replace_on_success
-from tasks.layout import REPORT, dense_artifacts, ratio_artifacts
+from tasks.layout import REPORT, benchmark_file, evaluation_file, plan_file
 from tasks.parameters import load_parameters
 from tasks.step import run_step
 
@@ -53,12 +53,11 @@ def summarise() -> None:
 
 def read_rows(model: str, ratios: Sequence[float]) -> list[Row]:
     """The dense model, then each ratio in rising order."""
-    dense = _read(dense_artifacts(model) / "evaluation.json")
+    dense = _read(evaluation_file(model, None))
     rows: list[Row] = []
     for ratio in sorted(ratios):
-        folder = ratio_artifacts(model, ratio)
         plan, evaluation, benchmark = (
-            _read(folder / f"{name}.json") for name in ("plan", "evaluation", "benchmark")
+            _read(file(model, ratio)) for file in (plan_file, evaluation_file, benchmark_file)
         )
         if not rows:
             # Each benchmark measures the dense model again; one of them stands for it.
