@@ -1,0 +1,211 @@
+"""Token sequences from text: what calibrates and what evaluates."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from numprune.checkpoint import load_config, load_tokenizer
+from numprune.errors import NumpruneError
+from numprune.files import replace_on_success
+
+DEFAULT_SAMPLES = 128
+LONGEST_DEFAULT = 2048
+FORMS = (
+    "a text file, a .jsonl file with a `text` field, a .safetensors file with `input_ids`, or a Hub data set NAME:SPLIT"
+)
+
+
+def draw_samples(
+    data: str, model: str, *, samples: int = DEFAULT_SAMPLES, length: int | None = None, seed: int = 0
+) -> Tensor:
+    """Draws calibration sequences.
+
+    Text is tokenized as one stream without added special tokens and cut into windows of `length`; which of them are
+    taken, and in what order, is up to the seed. A `.safetensors` file gives its first `samples` sequences as they are.
+
+    Args:
+        data: A text file, a `.jsonl` file with a `text` field, a `.safetensors` file with `input_ids`, or a Hugging
+            Face data set as `name:split` or `name:configuration:split`.
+        model: Folder or Hub id, for its tokenizer and vocabulary.
+        samples: Sequences to draw.
+        length: Tokens a sequence; by default 2048 or the model's maximum if that is less.
+        seed: Of the draw.
+
+    Returns:
+        (samples, length) int64 token ids.
+
+    Raises:
+        NumpruneError: If the data cannot be read, is too short, or holds ids outside the vocabulary.
+    """
+    config = load_config(model)
+    length = sequence_length(length, config)
+    if data.endswith(".safetensors"):
+        rows = _read_input_ids(Path(data), config)
+        if rows.shape[1] < length or len(rows) < samples:
+            raise NumpruneError(
+                f"{data}: input_ids is {len(rows)} x {rows.shape[1]}, but {samples} samples of {length} tokens are "
+                "asked for. Lower the samples or the length, or give more data."
+            )
+        return rows[:samples, :length].contiguous()
+    windows = _windows(tokenize(data, model), length)
+    if len(windows) < samples:
+        raise NumpruneError(
+            f"{data}: {len(windows)} windows of {length} tokens, but {samples} are asked for. Lower the samples or the "
+            "length, or give more text."
+        )
+    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
+    return windows[chosen]
+
+
+def evaluation_windows(
+    data: str, model: str, *, length: int | None = None, max_tokens: int | None = None
+) -> tuple[Tensor, int | None]:
+    """All non-overlapping windows of a text, from its start; what does not fill a window is left out.
+
+    Args:
+        data: As for `draw_samples`.
+        model: Folder or Hub id, for its tokenizer and vocabulary.
+        length: Tokens a window; by default 2048 or the model's maximum if that is less.
+        max_tokens: Stop after so many tokens.
+
+    Returns:
+        (windows, length) int64 token ids, and the UTF-8 bytes of text that they stand for (None for `input_ids`).
+
+    Raises:
+        NumpruneError: As `draw_samples`.
+    """
+    config = load_config(model)
+    length = sequence_length(length, config)
+    drawn = data.endswith(".safetensors")
+    tokens = _read_input_ids(Path(data), config).flatten() if drawn else tokenize(data, model)
+    windows = _windows(tokens if max_tokens is None else tokens[:max_tokens], length)
+    if not len(windows):
+        raise NumpruneError(f"{data}: no window of {length} tokens; lower the length or give more text.")
+    if drawn:
+        return windows, None
+    text = str(_tokenizer(model, data).decode(windows.flatten(), skip_special_tokens=False))
+    return windows, len(text.encode())
+
+
+def tokenize(data: str, model: str) -> Tensor:
+    """Tokens of a text file, JSON lines or a Hub data set as one stream; documents are joined by an empty line."""
+    text = _read_text(data)
+    if not text.strip():
+        raise NumpruneError(f"{data} holds no text.")
+    tokenizer = _tokenizer(model, data)
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def sequence_length(length: int | None, config: PreTrainedConfig) -> int:
+    """The asked-for length, or 2048 tokens or the model's maximum if that is less.
+
+    Raises:
+        NumpruneError: If the length is longer than the model's maximum, or below 2.
+    """
+    maximum = getattr(config, "max_position_embeddings", None) or LONGEST_DEFAULT
+    if length is None:
+        return min(LONGEST_DEFAULT, maximum)
+    if not 2 <= length <= maximum:
+        raise NumpruneError(f"length must be in [2, {maximum}], the model's maximum; got {length}")
+    return length
+
+
+def save_samples(input_ids: Tensor, path: Path) -> None:
+    """Writes drawn sequences as a `.safetensors` file that `draw_samples` reads."""
+    with replace_on_success(path) as temporary:
+        save_file({"input_ids": input_ids.contiguous()}, temporary, {"sha256": fingerprint(input_ids)})
+
+
+def load_samples(path: Path) -> Tensor:
+    """Reads what `save_samples` wrote."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("input_ids")
+
+
+def fingerprint(input_ids: Tensor) -> str:
+    """SHA-256 of the token ids and their shape."""
+    digest = hashlib.sha256(json.dumps(list(input_ids.shape)).encode())
+    digest.update(input_ids.to(torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _windows(tokens: Tensor, length: int) -> Tensor:
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def _read_input_ids(path: Path, config: PreTrainedConfig) -> Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            rows = file.get_tensor("input_ids")
+    except FileNotFoundError:
+        raise NumpruneError(f"{path} not found. Data is {FORMS}.") from None
+    except SafetensorError as error:
+        raise NumpruneError(f"{path} holds no readable tensor `input_ids`: {error}") from None
+    if rows.ndim != 2 or rows.is_floating_point() or not rows.numel():
+        raise NumpruneError(
+            f"{path}: input_ids must be integers of shape (samples, length), got {rows.dtype} {tuple(rows.shape)}"
+        )
+    rows = rows.to(torch.int64)
+    if rows.min() < 0 or rows.max() >= config.vocab_size:
+        raise NumpruneError(
+            f"{path}: token ids must be in [0, {config.vocab_size}), got {rows.min()} to {rows.max()}. Was another "
+            "tokenizer used?"
+        )
+    return rows
+
+
+def _read_text(data: str) -> str:
+    path = Path(data)
+    if not path.exists():
+        if ":" in data:
+            return _read_hub_dataset(data)
+        raise NumpruneError(f"{data} not found. Data is {FORMS}.")
+    try:
+        if path.suffix not in (".jsonl", ".json"):
+            return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as lines:
+            return "\n\n".join(_field(line, f"{path}, line {number}") for number, line in enumerate(lines, 1))
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise NumpruneError(f"{data} is no UTF-8 text. Data is {FORMS}.") from None
+
+
+def _field(line: str, place: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise NumpruneError(f"{place}: not a JSON object with a string field `text`.")
+    return text
+
+
+def _read_hub_dataset(data: str) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise NumpruneError(f"{data} is a Hub data set, which needs `pip install datasets`.") from None
+    name, *configuration, split = data.split(":")
+    try:
+        rows = load_dataset(name, *configuration, split=split)
+    except Exception as error:  # Whatever the Hub, the network or the data set's own files come up with.
+        raise NumpruneError(f"The data set {data} cannot be loaded: {error}") from error
+    if "text" not in rows.column_names:
+        raise NumpruneError(f"The data set {data} has no column `text`, only {', '.join(rows.column_names)}.")
+    return "\n\n".join(rows["text"])
+
+
+def _tokenizer(model: str, data: str) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise NumpruneError(
+            f"{model} has no tokenizer, which {data} needs: add tokenizer.json, or give a .safetensors file with "
+            "input_ids."
+        )
+    return tokenizer

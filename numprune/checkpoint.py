@@ -1,0 +1,215 @@
+"""Checkpoints in and out: checked before they are loaded, whole or absent when they are saved."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from numprune.architectures import check_supported, head_dim, layer_widths
+from numprune.errors import NumpruneError
+from numprune.files import replace_on_success
+from numprune.plan import PruningPlan
+from numprune.ragged import FAMILIES
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
+PLAN_FILE = "pruning_plan.json"
+
+
+def fetch(model: str, revision: str | None = None) -> Path:
+    """The folder of a model: the path itself, or a download from the Hugging Face Hub.
+
+    Raises:
+        NumpruneError: If there is neither such a folder nor such a repository.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_DOWNLOADED)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise NumpruneError(f"{model} is neither a folder nor a model that the Hub delivers: {reason}") from None
+
+
+def load_config(model: str | Path) -> PreTrainedConfig:
+    """Reads `config.json` of a model folder.
+
+    Raises:
+        NumpruneError: If it is missing or no configuration that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise NumpruneError(f"{model}: no usable config.json: {str(error).splitlines()[0]}") from None
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model folder, or None if it has none."""
+    if not any(Path(model).glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Loads a causal language model from a folder after checking that it is whole and finite.
+
+    Args:
+        folder: With `config.json` and safetensors weights.
+        dtype: Of the weights; `auto` keeps the checkpoint's.
+        device: Where to put them.
+
+    Raises:
+        NumpruneError: If the architecture is not supported, a file is missing, truncated or a pickle, a tensor is
+            missing or has the wrong shape, or a weight is NaN or infinite.
+    """
+    check_supported(load_config(folder))
+    weight_files(folder)
+    transformers_logging.disable_progress_bar()  # Steps show progress of their own.
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise NumpruneError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise NumpruneError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys'])[:5])}.")
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise NumpruneError(f"{folder}: {name} holds NaN or infinite values: the checkpoint is damaged.")
+    on_device: PreTrainedModel = model.to(device)
+    return on_device.eval()
+
+
+def load_shapes(folder: Path) -> PreTrainedModel:
+    """The model of a folder without its weights, on the meta device: shapes cost no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(folder))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of all safetensors files of a model folder."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, each checked to be there and whole.
+
+    Raises:
+        NumpruneError: If one is missing or truncated, or there are only pickles.
+    """
+    if (folder / _INDEX).exists():
+        try:
+            shards = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        except (json.JSONDecodeError, KeyError, AttributeError):
+            raise NumpruneError(f"{folder / _INDEX} is damaged: fetch the checkpoint again.") from None
+        files = [folder / Path(name).name for name in sorted(set(shards))]
+    elif (folder / _SINGLE).exists():
+        files = [folder / _SINGLE]
+    elif any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+        raise NumpruneError(
+            f"{folder} holds its weights only as pickles, which can run code when opened. Convert it once with "
+            "`model.save_pretrained(folder)` from a source you trust."
+        )
+    else:
+        raise NumpruneError(f"{folder} holds no weights: {_SINGLE} or {_INDEX} is missing.")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except FileNotFoundError:
+            raise NumpruneError(f"{file} is missing: fetch the checkpoint again.") from None
+        except SafetensorError as error:
+            raise NumpruneError(f"{file} is truncated or damaged ({error}): fetch the checkpoint again.") from None
+    return files
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the configuration and the weights of a model folder."""
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *weight_files(folder)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_output(folder: Path, needed_bytes: int) -> None:
+    """Refuses, before any work, an output folder that is taken or a disk that is full.
+
+    Raises:
+        NumpruneError: If the folder holds anything, or the disk has less than `needed_bytes` left.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise NumpruneError(f"{folder} already holds something: choose another --output or remove it.")
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise NumpruneError(
+            f"{folder}: {needed_bytes:,} bytes are needed, {free:,} are free. Free some or write elsewhere."
+        )
+
+
+def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: PruningPlan) -> None:
+    """Saves a sliced model with its source's tokenizer so that `from_pretrained` loads it anywhere.
+
+    The folder holds sharded safetensors in the source's data type, a configuration with `per_layer_config`, the
+    modelling file that reads it, and the plan.
+
+    Args:
+        model: A model whose layers were sliced.
+        source: Folder of the dense model.
+        output: Folder to write; it appears only when complete.
+        plan: What was sliced by.
+
+    Raises:
+        NumpruneError: If writing fails, for want of space for example; nothing is left behind.
+    """
+    pruned: Any = _as_ragged(model)
+    pruned.to(load_config(source).dtype)
+    tokenizer = load_tokenizer(source)
+    try:
+        with replace_on_success(output) as temporary:
+            pruned.save_pretrained(temporary)
+            plan.save(temporary / PLAN_FILE)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+    except (OSError, SafetensorError) as error:
+        raise NumpruneError(f"{output} cannot be written: {error}. Nothing is left behind.") from error
+
+
+def _as_ragged(model: PreTrainedModel) -> PreTrainedModel:
+    """The same tensors in the class that a checkpoint with layers of different widths loads into."""
+    config_class, model_class = FAMILIES[model.config.model_type.removeprefix("ragged_")]
+    config_class.register_for_auto_class()
+    model_class.register_for_auto_class("AutoModelForCausalLM")
+    settings = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config"):
+        settings.pop(key, None)
+    settings["head_dim"] = head_dim(model)
+    settings["per_layer_config"] = dict(enumerate(layer_widths(model)))
+    config = config_class(**settings)
+    with torch.device("meta"):
+        pruned = model_class(config)
+    pruned.load_state_dict(model.state_dict(), assign=True)
+    pruned.tie_weights()
+    pruned.generation_config = model.generation_config
+    return pruned.eval()

@@ -1,0 +1,64 @@
+"""Compensation: the kept inputs of an output projection take over the work of the pruned ones.
+
+With P the pruned and K the kept inputs and G = X^T X, the minimiser of ||X(W + dW) - XW||^2 under (W + dW)_P = 0 is
+the paper's
+
+    dW = -(2G)^-1 M_p (M_p^T (2G)^-1 M_p)^-1 M_p^T W,
+
+which is least squares on the kept inputs,
+
+    W_K <- W_K + (G_KK + gamma I)^-1 G_KP W_P :
+
+one Cholesky factorisation of |K| x |K| instead of an inverse of D x D.
+"""
+
+import torch
+from torch import Tensor
+
+from numprune.cholesky import damped_cholesky
+
+
+def compensate(gram: Tensor, weight: Tensor, keep: Tensor, damping: float = 0.0, *, subject: str = "G_KK") -> Tensor:
+    """The weight on the kept inputs that best reproduces the whole projection on the calibration inputs.
+
+    Args:
+        gram: (D, D), the second moments X^T X of the projection's input.
+        weight: (D_out, D), as `nn.Linear` stores it.
+        keep: The kept inputs: indices in the order they are wanted, or a (D,) boolean mask.
+        damping: Gamma relative to the mean diagonal of G_KK; raised where G_KK is too near to singular.
+        subject: What is compensated, for the log.
+
+    Returns:
+        (D_out, |K|) weight, in the type of `weight`.
+
+    Raises:
+        ValueError: If shapes do not fit, nothing is kept, or an index is out of range or repeated.
+    """
+    channels = weight.shape[1]
+    if gram.shape != (channels, channels):
+        raise ValueError(f"gram must be {(channels, channels)} to fit the weight, got {tuple(gram.shape)}")
+    kept, pruned = _partition(keep.to(weight.device), channels)
+    if not pruned.numel():
+        return weight[:, kept]
+    gram = gram.to(weight.device, torch.float64)
+    exact = weight.double()
+    factor, _ = damped_cholesky(gram[kept][:, kept], damping, subject=subject)
+    taken_over = torch.cholesky_solve(gram[kept][:, pruned] @ exact[:, pruned].T, factor)
+    return (exact[:, kept] + taken_over.T).to(weight.dtype)
+
+
+def _partition(keep: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    if keep.dtype == torch.bool:
+        if keep.shape != (channels,):
+            raise ValueError(f"a boolean keep must be ({channels},), got {tuple(keep.shape)}")
+        keep = keep.nonzero().squeeze(1)
+    if not keep.numel():
+        raise ValueError("keep is empty: at least one input must stay")
+    if keep.min() < 0 or keep.max() >= channels:
+        raise ValueError(f"keep must lie in [0, {channels}), got {keep.min().item()} to {keep.max().item()}")
+    mask = torch.ones(channels, dtype=torch.bool, device=keep.device)
+    mask[keep] = False
+    pruned = mask.nonzero().squeeze(1)
+    if len(pruned) + len(keep) != channels:
+        raise ValueError("keep holds an index twice")
+    return keep, pruned

@@ -1,0 +1,222 @@
+"""The pruning plan: what stays in every layer and why, as a JSON file that a person can read and diff."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from numprune.architectures import PrunableGroup
+from numprune.errors import NumpruneError
+from numprune.files import replace_on_success
+from numprune.threshold import Threshold, select_units
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a plan comes from.
+
+    Attributes:
+        model: Name, path or Hub id of the dense model.
+        revision: Its commit on the Hub, if known.
+        fingerprint: SHA-256 of its configuration and weights.
+        calibration: SHA-256 of the calibration tokens.
+    """
+
+    model: str
+    revision: str | None
+    fingerprint: str
+    calibration: str
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What stays of one prunable group.
+
+    Attributes:
+        units: Units of the dense group.
+        kept: Ascending indices of the units that stay.
+        unit_parameters: Parameters that go with one unit.
+        lowest_kept: Lowest score of a unit that stays.
+        highest_removed: Highest score of a unit that goes; None if none goes.
+    """
+
+    units: int
+    kept: tuple[int, ...]
+    unit_parameters: int
+    lowest_kept: float
+    highest_removed: float | None
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which units of a model stay.
+
+    Attributes:
+        source: Where the plan comes from.
+        recipe: The settings behind it.
+        requested_ratio: Share of the units' parameters that was to go.
+        threshold: The highest score that was removed.
+        groups: By the group's name.
+    """
+
+    source: Source
+    recipe: Mapping[str, Any]
+    requested_ratio: float
+    threshold: float
+    groups: Mapping[str, GroupPlan]
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of all units of the dense model."""
+        return sum(group.units * group.unit_parameters for group in self.groups.values())
+
+    @property
+    def kept_parameters(self) -> int:
+        """Parameters of the units that stay."""
+        return sum(len(group.kept) * group.unit_parameters for group in self.groups.values())
+
+    @property
+    def achieved_ratio(self) -> float:
+        """Share of the units' parameters that goes."""
+        return 1 - self.kept_parameters / self.dense_parameters
+
+    def kept(self, name: str) -> Tensor:
+        """Indices of the kept units of a group."""
+        return torch.tensor(self.groups[name].kept)
+
+    def check_fits(self, groups: Iterable[PrunableGroup], fingerprint: str) -> None:
+        """Raises NumpruneError if the plan was made for another model."""
+        expected = {name: (group.units, group.unit_parameters) for name, group in self.groups.items()}
+        found = {group.name: (group.units, group.unit_parameters) for group in groups}
+        if expected != found or fingerprint != self.source.fingerprint:
+            raise NumpruneError(
+                f"The plan was made for {self.source.model} with fingerprint {self.source.fingerprint[:12]}, not for "
+                f"this model with fingerprint {fingerprint[:12]}: make a new plan."
+            )
+
+    def save(self, path: Path) -> None:
+        """Writes the plan as JSON."""
+        content = {
+            "format": FORMAT,
+            "source": asdict(self.source),
+            "recipe": {key: str(value) if value == math.inf else value for key, value in self.recipe.items()},
+            "requested_ratio": self.requested_ratio,
+            "achieved_ratio": self.achieved_ratio,
+            "parameters": {"dense": self.dense_parameters, "pruned": self.kept_parameters},
+            "threshold": self.threshold,
+            "groups": {
+                name: {
+                    "units": group.units,
+                    "kept_units": len(group.kept),
+                    "kept": _to_ranges(group.kept),
+                    "unit_parameters": group.unit_parameters,
+                    "lowest_kept": group.lowest_kept,
+                    "highest_removed": group.highest_removed,
+                }
+                for name, group in self.groups.items()
+            },
+        }
+        with replace_on_success(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "PruningPlan":
+        """Reads a plan.
+
+        Raises:
+            NumpruneError: If the file is missing or no plan.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise NumpruneError(f"{path} has plan format {content['format']}; this version reads {FORMAT}.")
+            groups = {
+                name: GroupPlan(
+                    units=group["units"],
+                    kept=_from_ranges(group["kept"], group["units"]),
+                    unit_parameters=group["unit_parameters"],
+                    lowest_kept=group["lowest_kept"],
+                    highest_removed=group["highest_removed"],
+                )
+                for name, group in content["groups"].items()
+            }
+            return cls(
+                source=Source(**content["source"]),
+                recipe=content["recipe"],
+                requested_ratio=content["requested_ratio"],
+                threshold=content["threshold"],
+                groups=groups,
+            )
+        except FileNotFoundError:
+            raise NumpruneError(f"{path} not found.") from None
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+            raise NumpruneError(f"{path} is no pruning plan: {error!r}") from None
+
+
+def make_plan(
+    groups: Sequence[PrunableGroup],
+    scores: Mapping[str, Tensor],
+    ratio: float,
+    *,
+    source: Source,
+    recipe: Mapping[str, Any],
+    threshold: Threshold = "parameters",
+) -> PruningPlan:
+    """Ranks the units of all layers together and decides which stay.
+
+    Args:
+        groups: All prunable groups of the model.
+        scores: (units,) scores of every group, by its name.
+        ratio: Share of the units' parameters to remove, in (0, 1).
+        source: Where scores and model come from.
+        recipe: The settings behind the scores.
+        threshold: See `select_units`.
+    """
+    selection = select_units(groups, scores, ratio, threshold=threshold)
+    return PruningPlan(
+        source=source,
+        recipe={**recipe, "threshold": threshold},
+        requested_ratio=ratio,
+        threshold=selection.threshold,
+        groups={group.name: _group_plan(group, scores[group.name], selection.kept[group.name]) for group in groups},
+    )
+
+
+def _group_plan(group: PrunableGroup, scores: Tensor, kept: Tensor) -> GroupPlan:
+    removed = torch.ones(group.units, dtype=torch.bool)
+    removed[kept] = False
+    return GroupPlan(
+        units=group.units,
+        kept=tuple(kept.tolist()),
+        unit_parameters=group.unit_parameters,
+        lowest_kept=scores[kept].min().item(),
+        highest_removed=scores[removed].max().item() if removed.any() else None,
+    )
+
+
+def _to_ranges(indices: Sequence[int]) -> str:
+    """Ascending indices as text: 0-5,7,9-12."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def _from_ranges(text: str, units: int) -> tuple[int, ...]:
+    indices: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        indices.extend(range(int(first), int(last or first) + 1))
+    if indices != sorted(set(indices)) or not indices or indices[-1] >= units:
+        raise ValueError(f"kept units must ascend within [0, {units}), got {text!r}")
+    return tuple(indices)

@@ -1,0 +1,76 @@
+"""Step `evaluate`: perplexity of the dense model, or of a pruned one with and without its compensation."""
+
+import json
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from numprune.calibration import evaluation_windows, fingerprint
+from numprune.checkpoint import load_model
+from numprune.device import resolve_device, working_dtype
+from numprune.files import replace_on_success
+from numprune.perplexity import Perplexity, perplexity, window_losses
+from numprune.plan import PruningPlan
+from numprune.progress import track
+from numprune.pruning import apply_plan
+from tasks.layout import checkpoint_folder, evaluation_file, model_folder, plan_file
+from tasks.parameters import Parameters, load_parameters
+from tasks.step import run_step
+
+
+def evaluate(model: str, ratio: Annotated[float | None, typer.Argument()] = None) -> None:
+    """Evaluates a model, dense if no ratio is given, on the text of `params.yaml`."""
+    parameters = load_parameters()
+    settings = parameters.evaluation
+    dense_folder = model_folder(model)
+    device = resolve_device(parameters.compute.device)
+    windows, text_bytes = evaluation_windows(
+        settings.data, str(dense_folder), length=settings.length, max_tokens=settings.max_tokens
+    )
+
+    def measure(subject: PreTrainedModel, title: str) -> Perplexity:
+        return _measure(subject, windows, text_bytes, parameters, title)
+
+    folder = dense_folder if ratio is None else checkpoint_folder(model, ratio)
+    loaded = load_model(folder, dtype=working_dtype(device), device=device)
+    measured = measure(loaded, "evaluate")
+    metrics: dict[str, Any] = {
+        "perplexity": measured.perplexity,
+        "bits_per_byte": measured.bits_per_byte,
+        "parameters": loaded.num_parameters(),
+    }
+    if ratio is not None:
+        cut = load_model(dense_folder, dtype=working_dtype(device), device=device)
+        for _ in apply_plan(cut, PruningPlan.load(plan_file(model, ratio)), statistics=None):
+            pass
+        metrics["perplexity_without_compensation"] = measure(cut, "evaluate without compensation").perplexity
+    metrics["protocol"] = {
+        "data": settings.data,
+        "tokens_sha256": fingerprint(windows),
+        "windows": measured.windows,
+        "length": measured.length,
+        "stride": measured.length,
+        "bos_token": "none added",
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": device.type,
+        "torch": torch.__version__,
+    }
+    output = evaluation_file(model, ratio)
+    with replace_on_success(output) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def _measure(
+    model: PreTrainedModel, windows: Tensor, text_bytes: int | None, parameters: Parameters, title: str
+) -> Perplexity:
+    batch_size = parameters.compute.batch_size
+    batches = -(-len(windows) // batch_size)
+    losses = torch.cat(list(track(window_losses(model, windows, batch_size=batch_size), batches, title)))
+    return perplexity(losses, windows.shape[1], text_bytes)
+
+
+if __name__ == "__main__":
+    run_step(evaluate)

@@ -1,0 +1,186 @@
+"""The schema of `params.yaml`: every key, its meaning, its default and its allowed range."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from numprune.errors import NumpruneError
+
+PARAMETERS_FILE = Path("params.yaml")
+
+
+def _folder_name(name: str) -> str:
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+        raise ValueError(f"{name!r} must be a folder name of letters, digits, '.', '_' and '-'")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Download(_Section):
+    """A model on the Hugging Face Hub that is fetched into `models/<name>`."""
+
+    repository: str = Field(description="Owner and name, as in meta-llama/Llama-3.1-8B.")
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$", description="The commit: 40 hexadecimal digits.")
+
+
+class Corpus(_Section):
+    """Text made from the documentation of installed packages, split by package."""
+
+    calibration: list[str] = Field(min_length=1, description="Packages whose text calibrates.")
+    evaluation: list[str] = Field(min_length=1, description="Packages whose text evaluates.")
+    seed: int = Field(default=0, description="Of the order of the documents.")
+
+    @model_validator(mode="after")
+    def _apart(self) -> "Corpus":
+        shared = sorted(set(self.calibration) & set(self.evaluation))
+        if shared:
+            raise ValueError(f"calibration and evaluation share the packages {', '.join(shared)}")
+        return self
+
+
+class Calibration(_Section):
+    """What the second moments are measured on."""
+
+    data: str = Field(description="Text file, .jsonl, .safetensors with input_ids, or a Hub data set as name:split.")
+    samples: Count = Field(default=128, description="Token sequences to draw.")
+    length: Count | None = Field(default=None, description="Tokens a sequence; null: 2048 or the model's maximum.")
+    seed: int = Field(default=0, description="Of the draw.")
+
+
+class Compute(_Section):
+    """Where and in which portions things run; results do not depend on it beyond rounding."""
+
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    batch_size: Count = Field(default=8, description="Sequences that go through a block together.")
+
+
+class Recipe(_Section):
+    """How units are scored, which of them go, and how the rest is compensated."""
+
+    penalty: float = Field(default=math.inf, gt=0, description="Lambda of the numerical score; .inf is its limit.")
+    score_damping: float = Field(
+        default=1e-6, ge=0, description="Of the score's matrix, relative to its mean diagonal."
+    )
+    threshold: Literal["parameters", "literal"] = Field(
+        default="parameters", description="parameters: stop at the share of parameters; literal: Eq. 8 as printed."
+    )
+    compensation_damping: float = Field(default=1e-6, ge=0, description="Of G_KK, relative to its mean diagonal.")
+
+
+class Evaluation(_Section):
+    """Perplexity in non-overlapping windows."""
+
+    data: str = Field(description="In the same forms as calibration.data.")
+    length: Count | None = Field(default=None, description="Tokens a window; null: 2048 or the model's maximum.")
+    max_tokens: Count | None = Field(default=None, description="Stop after so many tokens; null: all of the text.")
+
+
+class Benchmark(_Section):
+    """Greedy generation, dense and pruned in alternation."""
+
+    prompt_length: Count = Field(default=64, description="Tokens of the prompt.")
+    new_tokens: Count = Field(default=64, description="Tokens to generate.")
+    repeats: Count = Field(default=5, description="Timed runs of each model; the median is reported.")
+
+
+class Registry(_Section):
+    """Where results are published."""
+
+    tracking_uri: str = Field(default="sqlite:///mlflow/mlflow.db", description="Of MLflow: a database or a server.")
+    artifacts: str = Field(default="mlflow/artifacts", description="Folder or bucket of a new experiment's files.")
+    experiment: str = Field(default="numprune", description="Name of the MLflow experiment.")
+
+
+class Orchestration(_Section):
+    """How the flow runs the stages."""
+
+    workers: Count = Field(default=1, description="Stages that run side by side.")
+    retries: int = Field(default=1, ge=0, description="Further tries of a stage that failed for no fault of its input.")
+    timeout_hours: float = Field(default=12, gt=0, description="Of one stage.")
+
+
+class ReferenceShape(_Section):
+    """Shape of the reference model, a LLaMA with grouped-query attention."""
+
+    vocabulary: Count = 4096
+    hidden: Count = 256
+    intermediate: Count = 640
+    layers: Count = 6
+    heads: Count = 8
+    key_value_heads: Count = 4
+    head_dim: Count = 32
+    length: Count = 512
+
+
+class ReferenceTraining(_Section):
+    """Training of the reference model."""
+
+    packages: list[str] = Field(min_length=1, description="Packages whose documentation is the training text.")
+    steps: Count = 3000
+    batch: Count = Field(default=16, description="Sequences a step.")
+    warmup_steps: Count = 100
+    muon_rate: float = Field(default=4e-3, gt=0, description="Peak learning rate of the matrices.")
+    adamw_rate: float = Field(default=4e-3, gt=0, description="Peak learning rate of embeddings and norms.")
+    checkpoint_steps: Count = Field(default=100, description="Steps between two checkpoints.")
+    seed: int = 0
+
+
+class Reference(_Section):
+    """The model that ships with the repository and how it is trained (`flows/train_reference.py`)."""
+
+    shape: ReferenceShape = ReferenceShape()
+    training: ReferenceTraining
+
+
+class Parameters(_Section):
+    """All of `params.yaml`."""
+
+    models: list[FolderName] = Field(min_length=1, description="Folders below models/ to compress.")
+    downloads: dict[FolderName, Download] = Field(default={}, description="Models to fetch from the Hub first.")
+    ratios: list[Ratio] = Field(min_length=1, description="Shares of attention and MLP parameters to remove.")
+    corpus: Corpus
+    calibration: Calibration
+    compute: Compute = Compute()
+    recipe: Recipe = Recipe()
+    evaluation: Evaluation
+    benchmark: Benchmark = Benchmark()
+    registry: Registry = Registry()
+    orchestration: Orchestration = Orchestration()
+    reference: Reference
+
+    @model_validator(mode="after")
+    def _training_apart(self) -> "Parameters":
+        held_out = {*self.corpus.calibration, *self.corpus.evaluation}
+        shared = sorted(held_out & set(self.reference.training.packages))
+        if shared:
+            raise ValueError(f"reference.training.packages contains held-out packages: {', '.join(shared)}")
+        return self
+
+
+def load_parameters(path: Path = PARAMETERS_FILE) -> Parameters:
+    """Reads and checks `params.yaml`.
+
+    Raises:
+        NumpruneError: If the file is missing or wrong; it lists all mistakes.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Parameters.model_validate(content)
+    except FileNotFoundError:
+        raise NumpruneError(f"{path} not found in {Path.cwd()}: run from the root of the repository.") from None
+    except yaml.YAMLError as error:
+        raise NumpruneError(f"{path} is no valid YAML: {error}") from None
+    except ValidationError as error:
+        mistakes = [f"  {'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
+        raise NumpruneError("\n".join([f"{path} has {len(mistakes)} mistake(s):", *mistakes])) from None
