@@ -1,5 +1,6 @@
 """Statistics of calibration inputs, one decoder block a file."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,21 +38,19 @@ class BlockStatistics:
         tensors: dict[str, Tensor] = {}
         for name, moments in self.moments.items():
             tensors |= {f"{name}.gram": moments.gram.cpu(), f"{name}.mean": moments.mean.cpu()}
-        counts = {f"{name}.count": str(moments.count) for name, moments in self.moments.items()}
+        # One entry: safetensors writes several in random order, and the same statistics shall be the same bytes.
+        counts = json.dumps({name: moments.count for name, moments in self.moments.items()})
         with replace_on_success(_path(folder, self.block)) as temporary:
-            save_file(tensors, temporary, counts)
+            save_file(tensors, temporary, {"counts": counts})
 
     @classmethod
     def load(cls, folder: Path, block: int) -> "BlockStatistics":
         """Reads one block's file from a folder."""
         with safe_open(_path(folder, block), "pt") as file:
-            counts = file.metadata()
-            names = [key.removesuffix(".count") for key in counts]
+            counts = json.loads(file.metadata()["counts"])
             moments = {
-                name: Moments(
-                    file.get_tensor(f"{name}.gram"), file.get_tensor(f"{name}.mean"), int(counts[f"{name}.count"])
-                )
-                for name in names
+                name: Moments(file.get_tensor(f"{name}.gram"), file.get_tensor(f"{name}.mean"), count)
+                for name, count in counts.items()
             }
         return cls(block, moments)
 

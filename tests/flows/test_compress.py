@@ -1,0 +1,141 @@
+"""The real flow in a copy of the repository: Prefect's own server, DVC, MLflow on SQLite, a tiny model.
+
+The tests go through the life of one checkout, in the order in which they stand here.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.flows.conftest import MODEL, Checkout
+
+pytestmark = pytest.mark.pipeline
+
+ALL_STAGES = {
+    "corpus",
+    "calibrate",
+    "capture",
+    "score",
+    "prune",
+    "compensate",
+    "evaluate_dense",
+    "evaluate",
+    "benchmark",
+    "summary",
+}
+FROM_PRUNE_ON = {"prune", "compensate", "evaluate", "benchmark", "summary"}
+# Timings differ from run to run, and what is made from them.
+TIMED = ("benchmark.json", "report/")
+
+
+def locked_results(root: Path) -> dict[str, str]:
+    stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    results = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
+    return {path: md5 for path, md5 in results.items() if not any(part in path for part in TIMED)}
+
+
+def test_dvc_alone_reproduces_every_file(checkout: Checkout) -> None:
+    done = checkout.run("dvc", "repro")
+    assert done.returncode == 0, done.stdout
+    assert not (checkout.root / "mlflow").exists()
+    assert not (checkout.root / ".prefect").exists()
+    first = locked_results(checkout.root)
+    assert len(first) == 9
+
+    # Again from nothing, under Prefect: the same contents.
+    for name in ("dvc.lock", "artifacts", "report", "data", ".dvc/cache"):
+        checkout.run("rm", "-rf", name)
+    run = checkout.compress()
+    assert run.code == 0, run.output
+    assert run.ran == ALL_STAGES
+    assert "10 stages run, 0 unchanged; 1 of 1 versions newly registered." in run.output
+    assert locked_results(checkout.root) == first
+
+
+def test_second_run_does_nothing(checkout: Checkout) -> None:
+    before = (checkout.root / "dvc.lock").read_bytes()
+    run = checkout.compress()
+    assert run.code == 0, run.output
+    assert run.ran == set()
+    assert "0 stages run, 10 unchanged; 0 of 1 versions newly registered." in run.output
+    assert (checkout.root / "dvc.lock").read_bytes() == before
+
+
+def test_registered_version_is_fetched_by_alias_and_loads(checkout: Checkout) -> None:
+    # In a process that never imports numprune: the checkpoint carries its own modelling code.
+    program = """
+import json, sys
+import mlflow
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+mlflow.set_tracking_uri("sqlite:///mlflow/mlflow.db")
+folder = mlflow.artifacts.download_artifacts("models:/tiny@candidate")
+assert folder == mlflow.artifacts.download_artifacts("models:/tiny@ratio-0_2") or folder
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = AutoTokenizer.from_pretrained(folder)("A pruned model", return_tensors="pt").input_ids
+model.generate(ids, max_new_tokens=4, do_sample=False)
+assert "numprune" not in sys.modules
+tags = mlflow.MlflowClient().get_model_version_by_alias("tiny", "candidate").tags
+print(json.dumps({"parameters": model.num_parameters(), "tags": tags}))
+"""
+    done = checkout.run(sys.executable, "-c", program)
+    assert done.returncode == 0, done.stdout
+    said = json.loads(done.stdout.splitlines()[-1])
+    benchmark = json.loads((checkout.root / f"artifacts/{MODEL}/0.2/benchmark.json").read_text(encoding="utf-8"))
+    assert said["parameters"] == benchmark["pruned"]["parameters"] < benchmark["dense"]["parameters"]
+    plan = (checkout.root / f"artifacts/{MODEL}/0.2/plan.json").read_bytes()
+    assert said["tags"]["plan_hash"] == hashlib.md5(plan).hexdigest()
+    assert said["tags"]["git_commit"] == checkout.run("git", "rev-parse", "HEAD").stdout.strip()
+
+
+def test_another_ratio_redoes_nothing_before_the_threshold(checkout: Checkout) -> None:
+    checkout.edit_parameters(lambda content: content.update(ratios=[0.2, 0.5]))
+    run = checkout.compress()
+    assert run.code == 0, run.output
+    assert run.ran == FROM_PRUNE_ON
+    assert run.ended[f"evaluate@{MODEL}-0.2"] == "Unchanged"
+    assert run.ended[f"evaluate@{MODEL}-0.5"] == "Completed"
+    assert "5 stages run, 9 unchanged; 1 of 2 versions newly registered." in run.output
+
+
+def test_another_calibration_seed_redoes_what_depends_on_it(checkout: Checkout) -> None:
+    def edit(content: dict) -> None:
+        content["ratios"] = [0.2]
+        content["calibration"]["seed"] = 1
+
+    checkout.edit_parameters(edit)
+    run = checkout.compress()
+    assert run.code == 0, run.output
+    assert run.ran == ALL_STAGES - {"corpus", "evaluate_dense"}
+    assert "1 of 1 versions newly registered." in run.output
+
+
+def test_mistake_found_by_a_stage_is_one_message(checkout: Checkout) -> None:
+    (checkout.root / "short.txt").write_text("Too short.", encoding="utf-8")
+    checkout.edit_parameters(lambda content: content["calibration"].update(data="short.txt"))
+    run = checkout.compress()
+    assert run.code == 2, run.output
+    assert "Traceback" not in run.output
+    assert "Retry" not in run.output
+    assert run.ended[f"calibrate@{MODEL}"] == "Rejected"
+    last_error = run.output[run.output.rindex("\nError: ") :]
+    assert f"calibrate@{MODEL}" in last_error
+    assert "short.txt" in last_error
+
+
+def test_mistakes_in_the_parameters_are_told_before_anything_starts(checkout: Checkout) -> None:
+    def edit(content: dict) -> None:
+        content["calibration"]["sampels"] = 3
+        content["ratios"] = [1.5]
+
+    checkout.edit_parameters(edit)
+    run = checkout.compress()
+    assert run.code == 2
+    assert "server" not in run.output
+    assert "Traceback" not in run.output
+    assert "calibration.sampels" in run.output
+    assert "ratios.0" in run.output
