@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +16,13 @@ def _folder_name(name: str) -> str:
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
         raise ValueError(f"{name!r} must be a folder name of letters, digits, '.', '_' and '-'")
     return name
+
+
+def _without_repeats(items: list[Any]) -> list[Any]:
+    repeated = sorted({item for item in items if items.count(item) > 1})
+    if repeated:
+        raise ValueError(f"named twice: {', '.join(map(str, repeated))}")
+    return items
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
@@ -146,9 +153,13 @@ class Reference(_Section):
 class Parameters(_Section):
     """All of `params.yaml`."""
 
-    models: list[FolderName] = Field(min_length=1, description="Folders below models/ to compress.")
+    models: Annotated[list[FolderName], AfterValidator(_without_repeats)] = Field(
+        min_length=1, description="Folders below models/ to compress."
+    )
     downloads: dict[FolderName, Download] = Field(default={}, description="Models to fetch from the Hub first.")
-    ratios: list[Ratio] = Field(min_length=1, description="Shares of attention and MLP parameters to remove.")
+    ratios: Annotated[list[Ratio], AfterValidator(_without_repeats)] = Field(
+        min_length=1, description="Shares of attention and MLP parameters to remove."
+    )
     corpus: Corpus
     calibration: Calibration
     compute: Compute = Compute()

@@ -1,0 +1,123 @@
+"""Stages as DVC prints and declares them."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import stages, subprocess_group
+from flows.progress import artifact_key
+from flows.stages import Ending, Progress, run_stage, stage_graph
+from tests.flows.conftest import ROOT
+
+# They change no result: messages, progress lines, renaming of finished files.
+PLUMBING = {"errors", "files", "progress"}
+
+RUNNING = """Running stage 'score@small':
+> python -m tasks.score small
+"""
+FAILED = "ERROR: failed to reproduce 'score@small': failed to run: python -m tasks.score small, exited with {}\n"
+
+
+def run_printed(monkeypatch: pytest.MonkeyPatch, text: str, code: int) -> tuple[stages.Outcome, list[str]]:
+    """Runs a stage whose DVC prints `text`."""
+
+    def run(command: list[str], *, timeout: float, on_line) -> int:
+        assert command[-1] == "score@small"
+        assert timeout == 3600
+        for line in text.splitlines():
+            on_line(line)
+        return code
+
+    monkeypatch.setattr(subprocess_group, "run", run)
+    shown: list[str] = []
+    return run_stage("score@small", timeout_hours=1, on_line=shown.append), shown
+
+
+def test_only_the_lines_of_the_stage_itself_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        RUNNING + "score 1/2, 3 s left\nscore 2/2, 0 s left\nUpdating lock file 'dvc.lock'\nUse `dvc push` to send.\n"
+    )
+    outcome, shown = run_printed(monkeypatch, text, 0)
+    assert outcome.ending is Ending.COMPLETED
+    assert shown == ["score 1/2, 3 s left", "score 2/2, 0 s left"]
+
+
+def test_cached_results_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "Stage 'score@small' is cached - skipping run, checking out outputs\nUpdating lock file 'dvc.lock'\n"
+    outcome, shown = run_printed(monkeypatch, text, 0)
+    assert outcome.ending is Ending.RESTORED
+    assert shown == []
+
+
+def test_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = RUNNING + "score 1/2, 3 s left\nError: weights hold NaN:\n  block 3\n" + FAILED.format(2)
+    outcome, shown = run_printed(monkeypatch, text, 255)
+    assert outcome == stages.Outcome(Ending.REJECTED, "weights hold NaN:\n  block 3")
+    assert shown == ["score 1/2, 3 s left"]
+
+
+def test_crash_is_shown_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = RUNNING + "Traceback (most recent call last):\n  somewhere\nKeyError: 'x'\n" + FAILED.format(1)
+    outcome, shown = run_printed(monkeypatch, text, 255)
+    assert outcome == stages.Outcome(Ending.FAILED, "KeyError: 'x'")
+    assert shown[0].startswith("Traceback")
+
+
+def test_error_of_dvc_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome, _ = run_printed(monkeypatch, "ERROR: failed to reproduce 'score@small': missing data 'source': x\n", 255)
+    assert outcome == stages.Outcome(Ending.FAILED, "failed to reproduce 'score@small': missing data 'source': x")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("capture 3/6, 12 s left", Progress("capture", 3, 6)),
+        ("evaluate without compensation 1/32, 4 s left", Progress("evaluate without compensation", 1, 32)),
+        ("capture 0/0", None),
+        ("loaded 3 of 6", None),
+        ("/tmp/1/2", None),
+    ],
+)
+def test_progress_lines(line: str, expected: Progress | None) -> None:
+    assert Progress.read(line) == expected
+
+
+def test_artifact_key() -> None:
+    assert artifact_key("evaluate@Llama_3-0.2") == "evaluate-llama-3-0-2"
+
+
+def test_stages_come_after_what_they_need() -> None:
+    graph = stage_graph(ROOT)
+    order = list(graph)
+    assert all(order.index(needed) < order.index(name) for name, needs in graph.items() for needed in needs)
+    # The summary reads every metric file.
+    assert {name.partition("@")[0] for name in graph["summary"]} >= {"prune", "evaluate_dense", "evaluate", "benchmark"}
+
+
+def declared_stages() -> dict[str, dict]:
+    declared = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return {name: stage.get("do", stage) for name, stage in declared.items()}
+
+
+@pytest.mark.parametrize("name", [name for name, stage in declared_stages().items() if "numprune/" in str(stage)])
+def test_stages_depend_on_the_code_they_import(name: str) -> None:
+    """A change of a step or of a library module it uses must not go unnoticed."""
+    stage = declared_stages()[name]
+    step = Path(stage["cmd"].split()[2].replace(".", "/") + ".py")
+    tree = ast.parse((ROOT / step).read_text(encoding="utf-8"))
+    imported = {
+        node.module.removeprefix("numprune.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("numprune.")
+    }
+    # The dense model is evaluated by the same step, which then leaves plans alone.
+    unused = {"plan", "pruning"} if name == "evaluate_dense" else set()
+    needed = {f"numprune/{module}.py" for module in imported - PLUMBING - unused} | {step.as_posix()}
+    assert needed <= set(stage["deps"])
+
+
+def test_declared_files_exist() -> None:
+    code = {dep for stage in declared_stages().values() for dep in stage.get("deps", []) if dep.endswith(".py")}
+    assert [path for path in sorted(code) if not (ROOT / path).is_file()] == []
