@@ -127,7 +127,8 @@ def compress() -> Report | State[None]:
     except NumpruneError as error:
         return Failed(name=Ending.REJECTED.value, message=str(error))
     subprocess_group.allow()
-    with ThreadPoolTaskRunner(max_workers=parameters.orchestration.workers) as runner:
+    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=parameters.orchestration.workers)
+    with runner:
         try:
             stages = _submit_stages(runner, parameters)
             publications = _submit_publications(runner, parameters, stages)
@@ -161,7 +162,7 @@ def _submit_stages(runner: ThreadPoolTaskRunner[Any], parameters: Parameters) ->
 def _submit_publications(
     runner: ThreadPoolTaskRunner[Any], parameters: Parameters, stages: dict[str, PrefectFuture[Any]]
 ) -> list[PrefectFuture[Any]]:
-    futures = []
+    futures: list[PrefectFuture[Any]] = []
     for model in parameters.models:
         for ratio in parameters.ratios:
             measured = [f"evaluate_dense@{model}", f"evaluate@{model}-{ratio}", f"benchmark@{model}-{ratio}"]

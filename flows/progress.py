@@ -38,7 +38,9 @@ class StageProgress:
         percent = 100 * progress.done / progress.total
         if self._artifact is None:
             description = f"{self._stage}: {progress.what}"
-            self._artifact = create_progress_artifact(percent, key=artifact_key(self._stage), description=description)
+            artifact = create_progress_artifact(percent, key=artifact_key(self._stage), description=description)
+            assert isinstance(artifact, UUID)  # A coroutine is returned to asynchronous callers only.
+            self._artifact = artifact
         else:
             update_progress_artifact(self._artifact, percent)
         end = time.monotonic()

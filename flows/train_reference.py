@@ -8,7 +8,7 @@ from flows.environment import prepare_environment
 
 prepare_environment()
 
-from prefect import flow, task  # noqa: E402
+from prefect import Task, flow, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 from numprune.errors import USER_MISTAKE, NumpruneError  # noqa: E402
@@ -38,9 +38,9 @@ def gather_evaluation_text() -> None:
 
 
 # Tried again, a training goes on from its last checkpoint.
-train = task(train_model, name="train", cache_policy=NO_CACHE, persist_result=False, retries=1)
-evaluate = task(measure, name="evaluate", cache_policy=NO_CACHE, persist_result=False)
-describe = task(write_card, name="describe", cache_policy=NO_CACHE, persist_result=False)
+train = Task(train_model, name="train", cache_policy=NO_CACHE, persist_result=False, retries=1)
+evaluate = Task(measure, name="evaluate", cache_policy=NO_CACHE, persist_result=False)
+describe = Task(write_card, name="describe", cache_policy=NO_CACHE, persist_result=False)
 
 
 @flow(name="train-reference", persist_result=False)
