@@ -22,7 +22,7 @@ from prefect.artifacts import create_table_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.futures import PrefectFuture  # noqa: E402
-from prefect.states import Completed, Failed  # noqa: E402
+from prefect.states import Cancelled, Completed, Failed  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -83,13 +83,18 @@ def reproduce(stage: str, timeout_hours: float) -> State[None]:
     shown = StageProgress(stage)
 
     def take(line: str) -> None:
+        if subprocess_group.is_stopping():
+            return  # How the stage takes its interruption is of no interest.
         progress = Progress.read(line)
         if progress is None or shown.is_worth_a_line(progress):
             logger.info(line)
         if progress is not None:
             shown.update(progress)
 
-    return _state(stage, run_stage(stage, timeout_hours=timeout_hours, on_line=take))
+    try:
+        return _state(stage, run_stage(stage, timeout_hours=timeout_hours, on_line=take))
+    except subprocess_group.StoppedError:
+        return Cancelled(message="Stopped.")
 
 
 def _state(stage: str, outcome: Outcome) -> State[None]:

@@ -51,17 +51,20 @@ class Checkout:
         return FlowRun(done.returncode, done.stdout)
 
     def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*command)
+        output, _ = process.communicate(timeout=500)
+        return subprocess.CompletedProcess(command, process.returncode, output)
+
+    def start(self, *command: str) -> "subprocess.Popen[str]":
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "DVC_"))}
-        return subprocess.run(
+        return subprocess.Popen(
             command,
             cwd=self.root,
             env={**environment, "PATH": path, "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            check=False,
-            timeout=500,
         )
 
     def edit_parameters(self, edit: Callable[[dict[str, Any]], None]) -> None:

@@ -5,7 +5,9 @@ The tests go through the life of one checkout, in the order in which they stand 
 
 import hashlib
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,30 @@ def test_mistake_found_by_a_stage_is_one_message(checkout: Checkout) -> None:
     last_error = run.output[run.output.rindex("\nError: ") :]
     assert f"calibrate@{MODEL}" in last_error
     assert "short.txt" in last_error
+
+
+def test_interrupt_ends_the_stage_and_leaves_nothing_half_written(checkout: Checkout) -> None:
+    def edit(content: dict) -> None:
+        content["calibration"] |= {"data": "data/corpus/calibration.jsonl", "seed": 2}
+
+    checkout.edit_parameters(edit)
+    flow = checkout.start(sys.executable, "-m", "flows.compress")
+    output = ""
+    try:
+        assert flow.stdout is not None
+        for line in flow.stdout:
+            output += line
+            if "'corpus' - Finished" in line:
+                time.sleep(3)  # By now the calibration has begun.
+                flow.send_signal(signal.SIGINT)
+        assert flow.wait(30) == 130, output
+    finally:
+        flow.kill()
+    assert output.splitlines()[-2].startswith("Stopped.")
+    assert "Traceback" not in output
+    assert list(checkout.root.rglob(".*.partial")) == []
+    # DVC's lock is free again: it answers at once.
+    assert f"calibrate@{MODEL}" in checkout.run("dvc", "status").stdout
 
 
 def test_mistakes_in_the_parameters_are_told_before_anything_starts(checkout: Checkout) -> None:

@@ -36,9 +36,7 @@ def run_printed(monkeypatch: pytest.MonkeyPatch, text: str, code: int) -> tuple[
 
 
 def test_only_the_lines_of_the_stage_itself_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (
-        RUNNING + "score 1/2, 3 s left\nscore 2/2, 0 s left\nUpdating lock file 'dvc.lock'\nUse `dvc push`.\n"
-    )
+    text = RUNNING + "score 1/2, 3 s left\nscore 2/2, 0 s left\nUpdating lock file 'dvc.lock'\nUse `dvc push`.\n"
     outcome, shown = run_printed(monkeypatch, text, 0)
     assert outcome.ending is Ending.COMPLETED
     assert shown == ["score 1/2, 3 s left", "score 2/2, 0 s left"]
