@@ -1,0 +1,43 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MixtralConfig, T5Config
+
+from numprune.architectures import check_supported, linear, prunable_groups
+from numprune.errors import NumpruneError
+
+
+def test_groups_cover_the_blocks_exactly(model):
+    """All parameters of a block are in a unit, a norm, or the consumer's own bias."""
+    for block, groups in zip(model.model.layers, prunable_groups(model), strict=True):
+        outside = sum(p.numel() for name, p in block.named_parameters() if "norm" in name)
+        for group in groups:
+            bias = linear(block, group.consumer).bias
+            outside += 0 if bias is None else bias.numel()
+        assert sum(group.parameters for group in groups) + outside == sum(p.numel() for p in block.parameters())
+
+
+def test_key_value_heads_are_the_attention_units(model):
+    attention, mlp = prunable_groups(model)[0]
+    assert attention.units == model.config.num_key_value_heads
+    assert attention.units * attention.channels == model.config.num_attention_heads * model.config.head_dim
+    assert (mlp.units, mlp.channels) == (model.config.intermediate_size, 1)
+
+
+@pytest.mark.parametrize(
+    "config", [MixtralConfig(), T5Config(), MambaConfig(), GPT2Config()], ids=lambda c: c.model_type
+)
+def test_unsupported_architectures_name_the_supported(config):
+    with pytest.raises(NumpruneError, match=f"{config.model_type!r} is not supported.*llama, mistral, qwen2, qwen3"):
+        check_supported(config)
+
+
+def test_a_replaced_projection_is_refused(llama):
+    llama.model.layers[1].mlp.down_proj = torch.nn.Identity()
+    with pytest.raises(NumpruneError, match=r"mlp\.down_proj is a Identity"):
+        prunable_groups(llama)
+
+
+def test_shapes_need_no_weights(llama):
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(llama.config)
+    assert prunable_groups(shapes) == prunable_groups(llama)

@@ -1,0 +1,201 @@
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+
+from numprune.architectures import prunable_groups
+from numprune.calibration import draw_samples
+from numprune.capture import capture
+from numprune.checkpoint import check_output, fingerprint, load_model, save_pruned
+from numprune.errors import NumpruneError
+from numprune.plan import PruningPlan, Source, make_plan
+from numprune.pruning import Recipe, apply_plan, capture_to, score_directions, scores_at
+from tests.numprune.conftest import CONFIGS
+
+
+def pruned(folder, statistics, ratio=0.4):
+    """A model pruned by the library's steps, and its plan."""
+    model = load_model(folder)
+    input_ids = torch.randint(300, (12, 24), generator=torch.Generator().manual_seed(1))
+    list(capture_to(statistics, model, input_ids, batch_size=4))
+    directions = dict(score_directions(model, statistics, Recipe()))
+    groups = [group for block in prunable_groups(model) for group in block]
+    source = Source(str(folder), None, fingerprint(folder), "none")
+    plan = make_plan(groups, scores_at(directions, ratio), ratio, source=source, recipe={})
+    list(apply_plan(model, plan, statistics))
+    return model, plan
+
+
+@pytest.fixture
+def saved(make_checkpoint, tmp_path):
+    dense = make_checkpoint()
+    model, plan = pruned(dense, tmp_path / "statistics")
+    save_pruned(model, dense, tmp_path / "pruned", plan)
+    return model, tmp_path / "pruned"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_comes_back_as_it_was(make_checkpoint, tmp_path, name, input_ids):
+    dense = make_checkpoint(CONFIGS[name])
+    model, plan = pruned(dense, tmp_path / "statistics")
+    save_pruned(model, dense, tmp_path / "pruned", plan)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits)
+    assert loaded.num_parameters() == model.num_parameters() < load_model(dense).num_parameters()
+    settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
+    expected = model.generate(input_ids[:3], use_cache=False, **settings)
+    assert torch.equal(loaded.generate(input_ids[:3], **settings), expected)
+    assert torch.equal(loaded.generate(input_ids[:3], cache_implementation="static", **settings), expected)
+
+
+def test_loads_where_numprune_is_not_installed(saved, input_ids):
+    model, folder = saved
+    script = f"""
+import sys
+sys.modules["numprune"] = None  # Importing it fails, as if it were not there.
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+print(type(model).__module__.split(".")[0])
+print(model.generate(torch.tensor({input_ids[:1].tolist()}), do_sample=False, max_new_tokens=5)[0].tolist())
+"""
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    assert printed[0] == "transformers_modules"
+    expected = model.generate(input_ids[:1], do_sample=False, max_new_tokens=5)[0].tolist()
+    assert json.loads(printed[1]) == expected
+
+
+def test_carries_tokenizer_plan_and_configuration(saved):
+    _, folder = saved
+    assert AutoTokenizer.from_pretrained(folder)("def")["input_ids"]
+    plan = PruningPlan.load(folder / "pruning_plan.json")
+    layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["per_layer_config"]
+    assert [layer["intermediate_size"] for layer in layers.values()] == [len(plan.kept(f"{i}.mlp")) for i in range(3)]
+    assert not list(folder.glob("*.bin"))
+
+
+def test_keeps_the_data_type_of_the_source(make_checkpoint, tmp_path):
+    dense = make_checkpoint()
+    AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).save_pretrained(dense)
+    model, plan = pruned(dense, tmp_path / "statistics")
+    save_pruned(model.float(), dense, tmp_path / "pruned", plan)
+    weights = load_file(tmp_path / "pruned" / "model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+
+
+def test_a_pruned_model_can_be_pruned_again(saved, tmp_path):
+    once, folder = saved
+    twice, plan = pruned(folder, tmp_path / "again")
+    save_pruned(twice, folder, tmp_path / "twice", plan)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "twice").num_parameters() < once.num_parameters()
+
+
+def test_shards_are_read(make_checkpoint, input_ids):
+    folder = make_checkpoint(max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert next(capture(load_model(folder), input_ids)).moments
+
+
+def damage_truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_nan(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def damage_missing_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def damage_shape(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def damage_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def damage_pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def damage_no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def damage_architecture(folder):
+    MixtralConfig().save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, r"model.safetensors is truncated or damaged"),
+        (damage_nan, r"model.layers.1.mlp.up_proj.weight holds NaN"),
+        (damage_missing_tensor, r"the weights lack model.layers.1.mlp.up_proj.weight"),
+        (damage_shape, "cannot be loaded"),
+        (damage_no_weights, "holds no weights"),
+        (damage_pickle_only, "only as pickles"),
+        (damage_no_config, "no usable config.json"),
+        (damage_architecture, "'mixtral' is not supported"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(make_checkpoint, damage, message):
+    folder = make_checkpoint()
+    damage(folder)
+    with pytest.raises(NumpruneError, match=message):
+        load_model(folder)
+
+
+def test_a_missing_shard_is_named(make_checkpoint):
+    folder = make_checkpoint(max_shard_size="20KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(NumpruneError, match=f"{shard.name} is missing"):
+        load_model(folder)
+
+
+def test_a_taken_output_is_refused(tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(NumpruneError, match="already holds something"):
+        check_output(tmp_path, 0)
+    check_output(tmp_path / "new", 0)
+
+
+def test_a_full_disk_is_found_before_the_work(tmp_path):
+    with pytest.raises(NumpruneError, match="are needed"):
+        check_output(tmp_path / "new", 10**18)
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(make_checkpoint, tmp_path):
+    dense = make_checkpoint()
+    model, plan = pruned(dense, tmp_path / "statistics")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # Writing beyond it fails like a full disk.
+    try:
+        with pytest.raises(NumpruneError, match="cannot be written"):
+            save_pruned(model, dense, tmp_path / "out" / "pruned", plan)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_text_calibration_uses_the_folders_tokenizer(saved, text_file):
+    _, folder = saved
+    assert draw_samples(str(text_file), str(folder), samples=2, length=8).shape == (2, 8)

@@ -1,0 +1,102 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from numprune.calibration import evaluation_windows
+from numprune.perplexity import perplexity, window_losses
+
+
+def numprune(*arguments):
+    command = [sys.executable, "-c", "from numprune.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def pruning(make_checkpoint, text_file, tmp_path):
+    """Arguments of a prune command that works."""
+    options = {"--ratio": 0.3, "--calibration": text_file, "--output": tmp_path / "out"}
+    options |= {"--samples": 8, "--length": 32}
+    return [make_checkpoint(), *(part for pair in options.items() for part in pair)]
+
+
+def test_prune_then_perplexity(pruning, text_file, tmp_path):
+    done = numprune("prune", *pruning)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"3\d\.\d\d% of 20,736 attention and MLP parameters are gone", done.stdout)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    done = numprune("perplexity", tmp_path / "out", "--data", text_file, "--length", 32, "--json")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    windows, _ = evaluation_windows(str(text_file), str(tmp_path / "out"), length=32)
+    expected = perplexity(torch.cat(list(window_losses(model, windows))), 32).perplexity
+    assert printed["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert printed["windows"] == len(windows)
+    assert printed["protocol"]["bos_token"] == "none added"
+
+
+def test_plan_writes_no_weights(pruning, tmp_path):
+    pruning[pruning.index("--output") + 1] = tmp_path / "plan.json"
+    done = numprune("plan", *pruning)
+    assert done.returncode == 0, done.stderr
+    assert "Requested 30.00%" in done.stdout
+    assert "Time to prune" in done.stdout
+    assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["requested_ratio"] == 0.3
+
+
+def test_same_seed_same_bytes(pruning, tmp_path):
+    outputs = []
+    for name in ("first", "second"):
+        pruning[pruning.index("--output") + 1] = tmp_path / name
+        assert numprune("prune", *pruning, "--seed", 7).returncode == 0
+        outputs.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--ratio", 0, "--ratio must be in (0, 1), got 0.0"),
+        ("--ratio", 1.5, "--ratio must be in (0, 1), got 1.5"),
+        ("--ratio", 0.99, "cannot be reached"),
+        ("--calibration", "nowhere.txt", "nowhere.txt not found"),
+        ("--samples", 100000, "Lower the samples or the length"),
+        ("--length", 10000, "length must be in [2, 64]"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_2(pruning, tmp_path, option, value, message):
+    pruning[pruning.index(option) + 1] = value
+    done = numprune("prune", *pruning)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(pruning):
+    done = numprune("prune", *pruning, "--device", "nonsense", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "device 'nonsense' cannot be used" in done.stderr
+
+
+def test_a_taken_output_is_refused_before_any_work(pruning, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").touch()
+    done = numprune("prune", *pruning)
+    assert done.returncode == 2
+    assert "already holds something" in done.stderr
+    assert "capture" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["prune", "plan", "perplexity"])
+def test_help_teaches_by_example(command):
+    done = numprune(command, "--help")
+    assert done.returncode == 0
+    assert f"numprune {command} " in done.stdout

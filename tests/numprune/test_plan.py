@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from numprune.architectures import prunable_groups
+from numprune.errors import NumpruneError
+from numprune.plan import PruningPlan, Source, _from_ranges, _to_ranges, make_plan
+
+SOURCE = Source("models/dense", None, "a" * 64, "b" * 64)
+
+
+@pytest.fixture
+def groups(llama):
+    return [group for block in prunable_groups(llama) for group in block]
+
+
+@pytest.fixture
+def plan(groups):
+    generator = torch.Generator().manual_seed(0)
+    scores = {group.name: torch.randn(group.units, generator=generator) for group in groups}
+    return make_plan(groups, scores, 0.4, source=SOURCE, recipe={"penalty": float("inf")})
+
+
+def test_a_file_brings_the_plan_back(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    loaded = PruningPlan.load(tmp_path / "plan.json")
+    assert loaded.groups == plan.groups
+    assert loaded.source == plan.source
+    assert loaded.achieved_ratio == plan.achieved_ratio
+
+
+def test_the_file_says_what_a_reader_asks(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert content["requested_ratio"] == 0.4
+    assert content["achieved_ratio"] == pytest.approx(0.4, abs=0.02)
+    assert content["parameters"] == {"dense": plan.dense_parameters, "pruned": plan.kept_parameters}
+    assert content["recipe"] == {"penalty": "inf", "threshold": "parameters"}
+    for group in content["groups"].values():
+        assert group["highest_removed"] is None or group["highest_removed"] <= content["threshold"]
+
+
+@given(st.sets(st.integers(0, 99), min_size=1))
+def test_ranges_are_lossless(indices):
+    ascending = sorted(indices)
+    assert _from_ranges(_to_ranges(ascending), 100) == tuple(ascending)
+
+
+def test_ranges_read_well():
+    assert _to_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+def test_another_model_is_refused(plan, groups):
+    plan.check_fits(groups, SOURCE.fingerprint)
+    with pytest.raises(NumpruneError, match="made for models/dense"):
+        plan.check_fits(groups, "c" * 64)
+    with pytest.raises(NumpruneError, match="made for models/dense"):
+        plan.check_fits(groups[:-1], SOURCE.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "format 99"),
+        ({"groups": {"0.mlp": {"units": 4}}}, "no pruning plan"),
+        ({"source": {}}, "no pruning plan"),
+    ],
+)
+def test_a_damaged_file_is_refused(plan, tmp_path, change, message):
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    with pytest.raises(NumpruneError, match=message):
+        PruningPlan.load(path)
+
+
+@pytest.mark.parametrize("kept", ["", "3-1", "0,0", "0-40", "a", "2,1"])
+def test_kept_units_must_be_ascending_and_in_range(kept):
+    with pytest.raises(ValueError, match=r"kept units|invalid literal"):
+        _from_ranges(kept, 40)
