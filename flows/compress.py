@@ -210,14 +210,14 @@ def main() -> int:
         check_inputs(load_parameters())
         state = compress(return_state=True)
     except NumpruneError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return USER_MISTAKE
     except KeyboardInterrupt:
         print("Stopped. What was finished stays; the next run goes on from there.", file=sys.stderr)
         return 130
     if state.is_completed():
         return 0
-    print(f"Error: {state.message}", file=sys.stderr)
+    print(f"error: {state.message}", file=sys.stderr)
     return USER_MISTAKE if state.name == Ending.REJECTED.value else 1
 
 

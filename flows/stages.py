@@ -12,6 +12,9 @@ from pathlib import Path
 from flows import subprocess_group
 from numprune.errors import USER_MISTAKE
 
+# Of the last lines of a step that was given something wrong; see numprune.errors.reported.
+_ERROR_PREFIX = "error: "
+
 _PROGRESS = re.compile(r"^(?P<what>\w[\w ]*) (?P<done>\d+)/(?P<total>\d+)")
 _EXIT_CODE = re.compile(r"exited with (-?\d+)")
 _DVC_AFTERWARDS = re.compile(r"^(ERROR: |Generating lock file|Updating lock file|WARNING: )")
@@ -67,13 +70,13 @@ class _Output:
     exit_code: int | None = None
     dvc_errors: list[str] = field(default_factory=list)
     error: list[str] = field(default_factory=list)
-    """Of the stage: from its line `Error: ...` on."""
+    """Of the stage: from its line `error: ...` on."""
     _last: str = ""
 
     def take(self, line: str) -> None:
         if self.started and not _DVC_AFTERWARDS.match(line):
-            if self.error or line.startswith("Error: "):
-                self.error.append(line.removeprefix("Error: "))
+            if self.error or line.startswith(_ERROR_PREFIX):
+                self.error.append(line.removeprefix(_ERROR_PREFIX))
                 return
             self._last = line or self._last
             self.on_line(line)

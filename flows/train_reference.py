@@ -1,6 +1,5 @@
 """Train the reference model again and write its card: `python -m flows.train_reference`."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ prepare_environment()
 from prefect import Task, flow, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
-from numprune.errors import USER_MISTAKE, NumpruneError  # noqa: E402
+from numprune.errors import reported  # noqa: E402
 from tasks.corpus import write_corpus  # noqa: E402
 from tasks.layout import CORPUS, model_folder  # noqa: E402
 from tasks.parameters import ReferenceTraining, load_parameters  # noqa: E402
@@ -57,17 +56,13 @@ def train_reference() -> dict[str, Any]:
     return {**training, **quality}
 
 
-def main() -> int:
+def main() -> None:
     """Runs the flow and prints the figures of the card."""
-    try:
+    with reported():
         load_parameters()
         for name, value in train_reference().items():
             print(f"{name}: {value}")
-    except NumpruneError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return USER_MISTAKE
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

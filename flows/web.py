@@ -1,5 +1,7 @@
 """Open Prefect's or MLflow's page on this machine: `python -m flows.web prefect|mlflow`."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -32,11 +34,22 @@ def serve(page: Annotated[Literal["prefect", "mlflow"], typer.Argument()]) -> No
     if page == "prefect":
         command += ["server", "start", "--host", HOST, "--port", str(port)]
     else:
-        command += ["server", "--host", HOST, "--port", str(port), "--backend-store-uri", registry.tracking_uri]
+        command += ["server", "--host", HOST, "--port", str(port), "--workers", "1"]
+        command += ["--backend-store-uri", registry.tracking_uri]
     print(f"http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
-    threading.Thread(target=_open_when_up, args=(port,), daemon=True).start()
-    # A group of its own would not hear Ctrl-C: here it should.
-    sys.exit(subprocess.run(command, check=False).returncode)
+    if _has_display():
+        threading.Thread(target=_open_when_up, args=(port,), daemon=True).start()
+    # Ctrl-C reaches the server as well, because it is in the same process group; other ends are passed on.
+    with subprocess.Popen(command) as server:
+        signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        server.wait()
+    sys.exit(max(server.returncode, 0))
+
+
+def _has_display() -> bool:
+    """Without one, `webbrowser` would start a browser in the terminal."""
+    return sys.platform != "linux" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
 
 
 def _open_when_up(port: int) -> None:

@@ -50,7 +50,7 @@ def test_cached_results_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = RUNNING + "score 1/2, 3 s left\nError: weights hold NaN:\n  block 3\n" + FAILED.format(2)
+    text = RUNNING + "score 1/2, 3 s left\nerror: weights hold NaN:\n  block 3\n" + FAILED.format(2)
     outcome, shown = run_printed(monkeypatch, text, 255)
     assert outcome == stages.Outcome(Ending.REJECTED, "weights hold NaN:\n  block 3")
     assert shown == ["score 1/2, 3 s left"]
