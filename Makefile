@@ -48,6 +48,6 @@ ui-prefect: setup ## Open Prefect's page: runs, progress, logs, tables.
 ui-mlflow: setup ## Open MLflow's page: metrics and registered versions.
 	@$(BIN)/python -m flows.web mlflow
 
-clean: ## Remove results and caches; .venv, models and registered versions stay.
+clean: ## Remove results; .venv, models, registered versions and DVC's cache stay.
 	@rm -rf artifacts report data/corpus .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,46 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows.checks import check_inputs
+from numprune.errors import NumpruneError
+from tasks.parameters import Download, Parameters, load_parameters
+from tests.flows.conftest import ROOT
+
+
+@pytest.fixture
+def parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parameters:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    folder = tmp_path / "models/reference-llama"
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    (folder / "model.safetensors").touch()
+    return load_parameters()
+
+
+def test_what_is_there_passes(parameters: Parameters) -> None:
+    check_inputs(parameters)
+
+
+def test_all_that_is_missing_is_named(parameters: Parameters) -> None:
+    pickled = Path("models/pickled")
+    pickled.mkdir()
+    (pickled / "config.json").touch()
+    (pickled / "pytorch_model.bin").touch()
+    wrong = parameters.model_copy(
+        update={
+            "models": ["absent", "pickled", "fetched"],
+            "downloads": {"fetched": Download(repository="owner/name", revision="0" * 40)},
+            "calibration": parameters.calibration.model_copy(update={"data": "owner/data:train"}),
+            "corpus": parameters.corpus.model_copy(update={"calibration": ["no_such_package"]}),
+        }
+    )
+    with pytest.raises(NumpruneError, match=r"4 mistake\(s\)") as caught:
+        check_inputs(wrong)
+    message = str(caught.value)
+    assert "models/absent holds no model" in message
+    assert "pytorch_model.bin" in message
+    assert "owner/data:train is no file" in message
+    assert "no_such_package" in message
