@@ -1,6 +1,7 @@
 """Fetch a model from the Hugging Face Hub at one exact commit; only weights in safetensors, never pickles."""
 
 import os
+import shutil
 
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
@@ -36,6 +37,8 @@ def download(name: str) -> None:
                 f"downloads.{name}: cannot fetch {source.repository} at {source.revision}: {error}\nCheck the name and "
                 "the commit; a gated model needs its licence accepted and a token from `hf auth login`."
             ) from None
+        # The client's own notes hold times; with them the same model would be another one.
+        shutil.rmtree(temporary / ".cache", ignore_errors=True)
         if not any(temporary.glob("*.safetensors")):
             raise NumpruneError(
                 f"downloads.{name}: {source.repository} has no .safetensors weights at {source.revision}; pickled "

@@ -103,10 +103,17 @@ def draw(rows: Iterable[Row], path: Path) -> None:
         panel.plot(removed, raw, color=orange, marker="s", linestyle="--", label="without compensation")
         panel.plot(removed, compensated, color=blue, marker="o", label="with compensation")
         panel.axhline(dense["perplexity"], color=grey, linestyle=":", label="dense")
-        for x, y in zip(removed[1:], compensated[1:], strict=True):
-            panel.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, -14), ha="center", color=blue)
-        for x, y in zip(removed[1:], raw[1:], strict=True):
-            panel.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, 8), ha="center", color=orange)
+        for values, colour, offset in ((compensated, blue, -18), (raw, orange, 10)):
+            for x, y in zip(removed[1:], values[1:], strict=True):
+                panel.annotate(
+                    f"{y:.1f}",
+                    (x, y),
+                    textcoords="offset points",
+                    xytext=(0, offset),
+                    ha="center",
+                    color=colour,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                )
         panel.set_title(model)
         panel.set_xlabel("attention and MLP parameters removed (%)")
         panel.set_ylabel("perplexity (lower is better)")

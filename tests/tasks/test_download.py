@@ -1,0 +1,56 @@
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+
+from numprune.errors import NumpruneError
+from tasks.download import download
+
+ROOT = Path(__file__).parents[2]
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def _parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["downloads"] = {"fetched": {"repository": "owner/name", "revision": REVISION}}
+    Path("params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[Any]:
+    """Stands in for the Hub; returns what it was asked for."""
+    asked: list[Any] = []
+
+    def snapshot_download(repository: str, *, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
+        asked.extend([repository, revision])
+        local_dir.mkdir(parents=True)
+        for name in names:
+            if any(Path(name).match(pattern) for pattern in allow_patterns):
+                (local_dir / name).touch()
+        (local_dir / ".cache").mkdir()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+def test_exact_commit_without_pickles_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = serve(monkeypatch, "config.json", "model.safetensors", "pytorch_model.bin", "modeling_custom.py")
+    download("fetched")
+    assert asked == ["owner/name", REVISION]
+    # What the client notes down for itself holds times, and would make the same model another one.
+    assert sorted(path.name for path in Path("models/fetched").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_only_pickled_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, "config.json", "pytorch_model.bin")
+    with pytest.raises(NumpruneError, match=r"no \.safetensors weights"):
+        download("fetched")
+    assert list(Path("models").iterdir()) == []
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(NumpruneError, match=r"has no downloads\.other; it has: fetched"):
+        download("other")
