@@ -12,6 +12,9 @@ from tasks.step import run_step
 # Python files are left out as well: nothing that is fetched is executed.
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
+# Subfolders and `consolidated` files hold the same weights in other formats.
+LEFT_OUT = ("*/*", "consolidated*")
+
 
 def download(name: str) -> None:
     """Fetches the model `downloads.<name>` of params.yaml into `models/<name>`.
@@ -30,7 +33,11 @@ def download(name: str) -> None:
     with replace_on_success(model_folder(name)) as temporary:
         try:
             snapshot_download(
-                source.repository, revision=source.revision, local_dir=temporary, allow_patterns=list(FILES)
+                source.repository,
+                revision=source.revision,
+                local_dir=temporary,
+                allow_patterns=list(FILES),
+                ignore_patterns=list(LEFT_OUT),
             )
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise NumpruneError(

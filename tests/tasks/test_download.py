@@ -4,6 +4,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 
 from numprune.errors import NumpruneError
 from tasks.download import download
@@ -24,12 +25,13 @@ def serve(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[Any]:
     """Stands in for the Hub; returns what it was asked for."""
     asked: list[Any] = []
 
-    def snapshot_download(repository: str, *, revision: str, local_dir: Path, allow_patterns: list[str]) -> None:
+    def snapshot_download(
+        repository: str, *, revision: str, local_dir: Path, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> None:
         asked.extend([repository, revision])
-        local_dir.mkdir(parents=True)
-        for name in names:
-            if any(Path(name).match(pattern) for pattern in allow_patterns):
-                (local_dir / name).touch()
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (local_dir / name).touch()
         (local_dir / ".cache").mkdir()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -37,7 +39,9 @@ def serve(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[Any]:
 
 
 def test_exact_commit_without_pickles_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = serve(monkeypatch, "config.json", "model.safetensors", "pytorch_model.bin", "modeling_custom.py")
+    asked = serve(
+        monkeypatch, "config.json", "model.safetensors", "pytorch_model.bin", "modeling_custom.py", "onnx/config.json"
+    )
     download("fetched")
     assert asked == ["owner/name", REVISION]
     # What the client notes down for itself holds times, and would make the same model another one.
