@@ -1,18 +1,15 @@
 """Token sequences from text: what calibrates and what evaluates."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from numprune.checkpoint import load_config, load_tokenizer
 from numprune.errors import NumpruneError
-from numprune.files import replace_on_success
 
 DEFAULT_SAMPLES = 128
 LONGEST_DEFAULT = 2048
@@ -115,25 +112,6 @@ def sequence_length(length: int | None, config: PreTrainedConfig) -> int:
     if not 2 <= length <= maximum:
         raise NumpruneError(f"length must be in [2, {maximum}], the model's maximum; got {length}")
     return length
-
-
-def save_samples(input_ids: Tensor, path: Path) -> None:
-    """Writes drawn sequences as a `.safetensors` file that `draw_samples` reads."""
-    with replace_on_success(path) as temporary:
-        save_file({"input_ids": input_ids.contiguous()}, temporary, {"sha256": fingerprint(input_ids)})
-
-
-def load_samples(path: Path) -> Tensor:
-    """Reads what `save_samples` wrote."""
-    with safe_open(path, "pt") as file:
-        return file.get_tensor("input_ids")
-
-
-def fingerprint(input_ids: Tensor) -> str:
-    """SHA-256 of the token ids and their shape."""
-    digest = hashlib.sha256(json.dumps(list(input_ids.shape)).encode())
-    digest.update(input_ids.to(torch.int64).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _windows(tokens: Tensor, length: int) -> Tensor:

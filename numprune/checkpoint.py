@@ -25,12 +25,15 @@ from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from numprune.plan import PruningPlan
 from numprune.ragged import FAMILIES
+from numprune.samples import save_samples
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
 PLAN_FILE = "pruning_plan.json"
+# In a folder of its own: some engines take every safetensors file beside config.json for weights.
+CALIBRATION_FILE = "calibration/input_ids.safetensors"
 
 
 def fetch(model: str, revision: str | None = None) -> Path:
@@ -168,17 +171,18 @@ def check_output(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: PruningPlan) -> None:
+def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: PruningPlan, input_ids: Tensor) -> None:
     """Saves a sliced model with its source's tokenizer so that `from_pretrained` loads it anywhere.
 
     The folder holds sharded safetensors in the source's data type, a configuration with `per_layer_config`, the
-    modelling file that reads it, and the plan.
+    modelling file that reads it, the plan, and the calibration tokens.
 
     Args:
         model: A model whose layers were sliced.
         source: Folder of the dense model.
         output: Folder to write; it appears only when complete.
         plan: What was sliced by.
+        input_ids: The calibration tokens behind the plan.
 
     Raises:
         NumpruneError: If writing fails, for want of space for example; nothing is left behind.
@@ -190,6 +194,7 @@ def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: Prunin
         with replace_on_success(output) as temporary:
             pruned.save_pretrained(temporary)
             plan.save(temporary / PLAN_FILE)
+            save_samples(input_ids, temporary / CALIBRATION_FILE)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
     except (OSError, SafetensorError) as error:

@@ -13,11 +13,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from numprune.architectures import KINDS, check_supported, decoder_blocks, prunable_groups
-from numprune.calibration import DEFAULT_SAMPLES, draw_samples, evaluation_windows, fingerprint
+from numprune.calibration import DEFAULT_SAMPLES, draw_samples, evaluation_windows
 from numprune.checkpoint import (
     check_output,
     fetch,
@@ -35,6 +36,7 @@ from numprune.perplexity import perplexity, window_losses
 from numprune.plan import PruningPlan, Source, make_plan
 from numprune.progress import track
 from numprune.pruning import RECIPES, Recipe, apply_plan, capture_to, score_directions, scores_at
+from numprune.samples import fingerprint
 
 app = typer.Typer(
     help="Structural pruning of autoregressive transformers: no training, a folder that loads everywhere.",
@@ -100,12 +102,12 @@ def prune(
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, because system folders for temporary files are often too small for Gram matrices.
     with tempfile.TemporaryDirectory(prefix=".numprune-", dir=output.parent) as statistics:
-        dense, plan, _ = _plan(job, Path(statistics))
+        dense, plan, input_ids, _ = _plan(job, Path(statistics))
         damping = job.recipe.compensation_damping
         blocks = apply_plan(dense, plan, Path(statistics), damping=damping, device=job.place)
         for _ in track(blocks, len(decoder_blocks(dense)), "compensate"):
             pass
-    save_pruned(dense, job.folder, output, plan)
+    save_pruned(dense, job.folder, output, plan, input_ids)
     before, after = weight_bytes(job.folder), weight_bytes(output)
     typer.echo(f"{plan.achieved_ratio:.2%} of {plan.dense_parameters:,} attention and MLP parameters are gone.")
     typer.echo(f"Weights: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB in {output}")
@@ -134,7 +136,7 @@ def show_plan(
     job = _Job(model, ratio, calibration, RECIPES[recipe], samples, length, seed, batch_size, device, revision)
     with tempfile.TemporaryDirectory(prefix="numprune-") as statistics:
         start = time.monotonic()
-        dense, plan, scoring = _plan(job, Path(statistics))
+        dense, plan, _, scoring = _plan(job, Path(statistics))
         seconds = time.monotonic() - start
     if output is not None:
         plan.save(output)
@@ -228,8 +230,8 @@ def _needed_bytes(folder: Path) -> int:
     return grams + weight_bytes(folder)
 
 
-def _plan(job: "_Job", statistics: Path) -> tuple[PreTrainedModel, PruningPlan, float]:
-    """Captures, scores and plans; returns the dense model, the plan and the seconds that scoring took."""
+def _plan(job: "_Job", statistics: Path) -> tuple[PreTrainedModel, PruningPlan, Tensor, float]:
+    """Captures, scores and plans; returns the dense model, plan, calibration tokens and the seconds scoring took."""
     input_ids = draw_samples(job.calibration, str(job.folder), samples=job.samples, length=job.length, seed=job.seed)
     dense = load_model(job.folder, dtype=working_dtype(job.place))
     groups = [group for block in prunable_groups(dense) for group in block]
@@ -244,7 +246,7 @@ def _plan(job: "_Job", statistics: Path) -> tuple[PreTrainedModel, PruningPlan, 
     plan = make_plan(
         groups, scores, job.ratio, source=source, recipe=asdict(job.recipe), threshold=job.recipe.threshold
     )
-    return dense, plan, scoring
+    return dense, plan, input_ids, scoring
 
 
 def _plan_table(model: PreTrainedModel, plan: PruningPlan) -> Table:

@@ -1,8 +1,11 @@
 """The error for everything a user can mend, and how commands report it."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 # The exit code of a command that stops for something the user can mend.
 USER_MISTAKE = 2
@@ -14,11 +17,11 @@ class NumpruneError(Exception):
 
 @contextmanager
 def reported(*, debug: bool = False) -> Iterator[None]:
-    """Turns a NumpruneError into its message on standard error and exit code 2; `debug` lets it through."""
+    """Turns a NumpruneError or a full disk into a message on standard error and exit code 2, unless for `debug`."""
     try:
         yield
-    except NumpruneError as error:
-        if debug:
+    except (NumpruneError, OSError) as error:
+        if debug or (isinstance(error, OSError) and error.errno not in _NO_SPACE):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_MISTAKE)

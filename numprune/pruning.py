@@ -109,8 +109,9 @@ def apply_plan(
         device: Where the equations are solved; by default where the model is.
 
     Raises:
-        NumpruneError: If the tensors that come out are not those of the plan.
+        NumpruneError: If the plan was made for another model, or the tensors that come out are not those it says.
     """
+    plan.check_fits(group for groups in prunable_groups(model) for group in groups)
     home = model.device
     for index, (block, groups) in enumerate(zip(decoder_blocks(model), prunable_groups(model), strict=True)):
         moments = BlockStatistics.load(statistics, index).moments if statistics else None

@@ -1,6 +1,7 @@
 """Step `calibrate`: draw the token sequences that everything else is measured on."""
 
-from numprune.calibration import draw_samples, save_samples
+from numprune.calibration import draw_samples
+from numprune.samples import save_samples
 from tasks.layout import calibration_file, model_folder
 from tasks.parameters import load_parameters
 from tasks.step import run_step

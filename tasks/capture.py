@@ -1,12 +1,12 @@
 """Step `capture`: run the calibration sequences through the model, block by block, and keep second moments."""
 
 from numprune.architectures import decoder_blocks
-from numprune.calibration import load_samples
 from numprune.checkpoint import load_model
 from numprune.device import resolve_device, working_dtype
 from numprune.files import replace_on_success
 from numprune.progress import track
 from numprune.pruning import capture_to
+from numprune.samples import load_samples
 from tasks.layout import calibration_file, model_folder, statistics_folder
 from tasks.parameters import load_parameters
 from tasks.step import run_step

@@ -6,7 +6,8 @@ from numprune.device import resolve_device, working_dtype
 from numprune.plan import PruningPlan
 from numprune.progress import track
 from numprune.pruning import apply_plan
-from tasks.layout import checkpoint_folder, model_folder, plan_file, statistics_folder
+from numprune.samples import load_samples
+from tasks.layout import calibration_file, checkpoint_folder, model_folder, plan_file, statistics_folder
 from tasks.parameters import load_parameters
 from tasks.step import run_step
 
@@ -23,7 +24,7 @@ def compensate(model: str, ratio: float) -> None:
     blocks = apply_plan(pruned, plan, statistics_folder(model), damping=damping, device=device)
     for _ in track(blocks, len(decoder_blocks(pruned)), "compensate"):
         pass
-    save_pruned(pruned, source, output, plan)
+    save_pruned(pruned, source, output, plan, load_samples(calibration_file(model)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from numprune.calibration import evaluation_windows, fingerprint
+from numprune.calibration import evaluation_windows
 from numprune.checkpoint import load_model
 from numprune.device import resolve_device, working_dtype
 from numprune.files import replace_on_success
@@ -16,6 +16,7 @@ from numprune.perplexity import Perplexity, perplexity, window_losses
 from numprune.plan import PruningPlan
 from numprune.progress import track
 from numprune.pruning import apply_plan
+from numprune.samples import fingerprint
 from tasks.layout import checkpoint_folder, evaluation_file, model_folder, plan_file
 from tasks.parameters import Parameters, load_parameters
 from tasks.step import run_step

@@ -3,11 +3,11 @@
 from safetensors.torch import load_file
 
 from numprune.architectures import prunable_groups
-from numprune.calibration import fingerprint, load_samples
 from numprune.checkpoint import fingerprint as model_fingerprint
 from numprune.checkpoint import load_shapes
 from numprune.plan import Source, make_plan
 from numprune.pruning import scores_at
+from numprune.samples import fingerprint, load_samples
 from tasks.layout import calibration_file, model_folder, plan_file, scores_file
 from tasks.parameters import load_parameters
 from tasks.step import run_step

@@ -298,9 +298,11 @@ def _point_alias(client: "MlflowClient", alias: str, version: "ModelVersion") ->
 
 
 def _git_state() -> dict[str, str]:
+    # dvc.lock changes with every run; it is logged itself.
+    changed = ["git", "status", "--porcelain", "--", ".", f":(exclude){LOCK_FILE}"]
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run(changed, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": "none", "git_dirty": "unknown"}
     return {"git_commit": commit, "git_dirty": str(bool(changes.strip())).lower()}

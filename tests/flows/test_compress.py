@@ -91,6 +91,7 @@ print(json.dumps({"parameters": model.num_parameters(), "tags": candidate.tags})
     assert said["parameters"] == benchmark["pruned"]["parameters"] < benchmark["dense"]["parameters"]
     plan = (checkout.root / f"artifacts/{MODEL}/0.2/plan.json").read_bytes()
     assert said["tags"]["plan_hash"] == hashlib.md5(plan).hexdigest()
+    assert said["tags"]["git_dirty"] == "false"
     assert said["tags"]["git_commit"] == checkout.run("git", "rev-parse", "HEAD").stdout.strip()
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from numprune.calibration import draw_samples, evaluation_windows, fingerprint, load_samples, save_samples
+from numprune.calibration import draw_samples, evaluation_windows
 from numprune.errors import NumpruneError
+from numprune.samples import fingerprint, load_samples, save_samples
 
 
 @pytest.fixture
@@ -36,6 +37,18 @@ def test_json_lines_are_joined(folder, tmp_path):
     right, _ = evaluation_windows(str(text), folder, length=2)
     assert torch.equal(left, right)
     assert 0 < size <= len(text.read_text(encoding="utf-8"))
+
+
+def test_data_sets_of_the_hub_library(folder, text_file, tmp_path):
+    """A folder stands for a repository: the same library call reads both."""
+    (tmp_path / "dataset").mkdir()
+    lines = [json.dumps({"text": text}) for text in text_file.read_text(encoding="utf-8").split("\n\n")]
+    (tmp_path / "dataset" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    left, _ = evaluation_windows(f"{tmp_path / 'dataset'}:train", folder, length=16)
+    right, _ = evaluation_windows(str(tmp_path / "dataset" / "train.jsonl"), folder, length=16)
+    assert torch.equal(left, right)
+    with pytest.raises(NumpruneError, match="cannot be loaded"):
+        draw_samples(f"{tmp_path / 'dataset'}:nonsense", folder)
 
 
 def test_saved_samples_are_data_too(folder, text_file, tmp_path):

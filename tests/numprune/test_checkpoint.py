@@ -15,14 +15,16 @@ from numprune.checkpoint import check_output, fingerprint, load_model, save_prun
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan, Source, make_plan
 from numprune.pruning import Recipe, apply_plan, capture_to, score_directions, scores_at
+from numprune.samples import load_samples
 from tests.numprune.conftest import CONFIGS
+
+INPUT_IDS = torch.randint(300, (12, 24), generator=torch.Generator().manual_seed(1))
 
 
 def pruned(folder, statistics, ratio=0.4):
     """A model pruned by the library's steps, and its plan."""
     model = load_model(folder)
-    input_ids = torch.randint(300, (12, 24), generator=torch.Generator().manual_seed(1))
-    list(capture_to(statistics, model, input_ids, batch_size=4))
+    list(capture_to(statistics, model, INPUT_IDS, batch_size=4))
     directions = dict(score_directions(model, statistics, Recipe()))
     groups = [group for block in prunable_groups(model) for group in block]
     source = Source(str(folder), None, fingerprint(folder), "none")
@@ -35,7 +37,7 @@ def pruned(folder, statistics, ratio=0.4):
 def saved(make_checkpoint, tmp_path):
     dense = make_checkpoint()
     model, plan = pruned(dense, tmp_path / "statistics")
-    save_pruned(model, dense, tmp_path / "pruned", plan)
+    save_pruned(model, dense, tmp_path / "pruned", plan, INPUT_IDS)
     return model, tmp_path / "pruned"
 
 
@@ -43,7 +45,7 @@ def saved(make_checkpoint, tmp_path):
 def test_every_family_comes_back_as_it_was(make_checkpoint, tmp_path, name, input_ids):
     dense = make_checkpoint(CONFIGS[name])
     model, plan = pruned(dense, tmp_path / "statistics")
-    save_pruned(model, dense, tmp_path / "pruned", plan)
+    save_pruned(model, dense, tmp_path / "pruned", plan, INPUT_IDS)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits)
@@ -79,6 +81,7 @@ def test_carries_tokenizer_plan_and_configuration(saved):
     plan = PruningPlan.load(folder / "pruning_plan.json")
     layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["per_layer_config"]
     assert [layer["intermediate_size"] for layer in layers.values()] == [len(plan.kept(f"{i}.mlp")) for i in range(3)]
+    assert torch.equal(load_samples(folder / "calibration" / "input_ids.safetensors"), INPUT_IDS)
     assert not list(folder.glob("*.bin"))
 
 
@@ -86,7 +89,7 @@ def test_keeps_the_data_type_of_the_source(make_checkpoint, tmp_path):
     dense = make_checkpoint()
     AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).save_pretrained(dense)
     model, plan = pruned(dense, tmp_path / "statistics")
-    save_pruned(model.float(), dense, tmp_path / "pruned", plan)
+    save_pruned(model.float(), dense, tmp_path / "pruned", plan, INPUT_IDS)
     weights = load_file(tmp_path / "pruned" / "model.safetensors").values()
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
 
@@ -94,7 +97,7 @@ def test_keeps_the_data_type_of_the_source(make_checkpoint, tmp_path):
 def test_a_pruned_model_can_be_pruned_again(saved, tmp_path):
     once, folder = saved
     twice, plan = pruned(folder, tmp_path / "again")
-    save_pruned(twice, folder, tmp_path / "twice", plan)
+    save_pruned(twice, folder, tmp_path / "twice", plan, INPUT_IDS)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "twice").num_parameters() < once.num_parameters()
 
 
@@ -190,7 +193,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(make_checkpoint, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # Writing beyond it fails like a full disk.
     try:
         with pytest.raises(NumpruneError, match="cannot be written"):
-            save_pruned(model, dense, tmp_path / "out" / "pruned", plan)
+            save_pruned(model, dense, tmp_path / "out" / "pruned", plan, INPUT_IDS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "out").iterdir()) == []
