@@ -90,6 +90,12 @@ def evaluation_windows(
     return windows, len(text.encode())
 
 
+def check_data(data: str) -> None:
+    """Raises NumpruneError if the data is neither a file nor, by its form, a Hub data set."""
+    if not Path(data).is_file() and (":" not in data or data.endswith((".txt", ".jsonl", ".json", ".safetensors"))):
+        raise NumpruneError(f"{data} not found. Data is {FORMS}.")
+
+
 def tokenize(data: str, model: str) -> Tensor:
     """Tokens of a text file, JSON lines or a Hub data set as one stream; documents are joined by an empty line."""
     text = _read_text(data)
@@ -140,17 +146,16 @@ def _read_input_ids(path: Path, config: PreTrainedConfig) -> Tensor:
 
 
 def _read_text(data: str) -> str:
+    check_data(data)
     path = Path(data)
-    if not path.exists():
-        if ":" in data:
-            return _read_hub_dataset(data)
-        raise NumpruneError(f"{data} not found. Data is {FORMS}.")
+    if not path.is_file():
+        return _read_hub_dataset(data)
     try:
         if path.suffix not in (".jsonl", ".json"):
             return path.read_text(encoding="utf-8")
         with path.open(encoding="utf-8") as lines:
             return "\n\n".join(_field(line, f"{path}, line {number}") for number, line in enumerate(lines, 1))
-    except (UnicodeDecodeError, IsADirectoryError):
+    except UnicodeDecodeError:
         raise NumpruneError(f"{data} is no UTF-8 text. Data is {FORMS}.") from None
 
 

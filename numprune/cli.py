@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from numprune.architectures import KINDS, check_supported, decoder_blocks, prunable_groups
-from numprune.calibration import DEFAULT_SAMPLES, draw_samples, evaluation_windows
+from numprune.calibration import DEFAULT_SAMPLES, check_data, draw_samples, evaluation_windows
 from numprune.checkpoint import (
     check_output,
     fetch,
@@ -81,7 +81,7 @@ def prune(
     model: Model,
     ratio: Ratio,
     calibration: Calibration,
-    output: Annotated[Path, typer.Option(help="Folder to write; it must not hold anything yet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not hold anything yet.")],
     recipe: RecipeOption = RecipeName.PAPER,
     samples: Samples = DEFAULT_SAMPLES,
     length: Length = None,
@@ -118,7 +118,9 @@ def show_plan(
     model: Model,
     ratio: Ratio,
     calibration: Calibration,
-    output: Annotated[Path | None, typer.Option(help="Also write the plan to this JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the plan to this JSON file.")
+    ] = None,
     recipe: RecipeOption = RecipeName.PAPER,
     samples: Samples = DEFAULT_SAMPLES,
     length: Length = None,
@@ -167,6 +169,7 @@ def measure_perplexity(
     Example:
         numprune perplexity out/ --data Salesforce/wikitext:wikitext-2-raw-v1:test --length 2048
     """
+    check_data(data)
     folder = fetch(model, revision)
     check_supported(load_config(folder))
     windows, text_bytes = evaluation_windows(data, str(folder), length=length, max_tokens=max_tokens)
@@ -217,6 +220,7 @@ class _Job:
             raise NumpruneError(
                 f"--ratio must be in (0, 1), got {self.ratio}: 0.2 removes a fifth of the layers' parameters."
             )
+        check_data(self.calibration)
         self.place = resolve_device(self.device)
         self.folder = fetch(self.model, self.revision)
         check_supported(load_config(self.folder))

@@ -49,11 +49,17 @@ def window_losses(
     model.eval()
     if device is not None:
         nn.Module.to(model, device)
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     for batch in windows.split(batch_size):
         input_ids = batch.to(model.device)
-        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-        losses = cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none")
-        yield losses.view(len(batch), -1).double().sum(1).cpu()
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        # One window at a time: with a large vocabulary the logits of a batch outweigh everything else.
+        losses = [_loss(head(states[:-1]), targets[1:]) for states, targets in zip(hidden, input_ids, strict=True)]
+        yield torch.stack(losses).cpu()
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), targets, reduction="none").double().sum()
 
 
 def perplexity(losses: Tensor, length: int, text_bytes: int | None = None) -> Perplexity:
