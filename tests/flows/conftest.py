@@ -52,7 +52,10 @@ class Checkout:
 
     def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(*command)
-        output, _ = process.communicate(timeout=500)
+        try:
+            output, _ = process.communicate(timeout=500)
+        finally:
+            process.kill()  # Does nothing to a process that has ended.
         return subprocess.CompletedProcess(command, process.returncode, output)
 
     def start(self, *command: str) -> "subprocess.Popen[str]":
