@@ -40,7 +40,7 @@ def capture(
     groups = prunable_groups(model)
     home = model.device
     device = torch.device(device or home)
-    hidden, arguments = _enter(model, input_ids.split(batch_size), device)
+    hidden, arguments = enter(model, input_ids.split(batch_size), device)
     for index, block in enumerate(blocks):
         block.to(device)
         moments = {group.name: _Accumulator(linear(block, group.consumer)) for group in groups[index]}
@@ -53,7 +53,7 @@ def capture(
         yield BlockStatistics(index, {name: accumulator.moments() for name, accumulator in moments.items()})
 
 
-def _enter(
+def enter(
     model: PreTrainedModel, batches: tuple[Tensor, ...], device: torch.device
 ) -> tuple[list[Tensor], dict[int, list[dict[str, Any]]]]:
     """What enters the first block for each batch, and for each batch size the keyword arguments of every block.

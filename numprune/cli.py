@@ -4,7 +4,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +35,7 @@ from numprune.errors import NumpruneError, reported
 from numprune.perplexity import perplexity, window_losses
 from numprune.plan import PruningPlan, Source, make_plan
 from numprune.progress import track
-from numprune.pruning import RECIPES, Recipe, apply_plan, capture_to, score_directions, scores_at
+from numprune.pruning import RECIPES, Measured, Recipe, apply_plan, capture_to, score_directions, scores_at
 from numprune.samples import fingerprint
 
 app = typer.Typer(
@@ -51,6 +51,15 @@ class RecipeName(StrEnum):
     """Names of `numprune.pruning.RECIPES`."""
 
     PAPER = "paper"
+
+
+class RecoveryName(StrEnum):
+    """Names of `numprune.recovery.Recovery`."""
+
+    NONE = "none"
+    LEAST_SQUARES = "least_squares"
+    SEQUENTIAL = "sequential"
+    REFIT = "refit"
 
 
 Model = Annotated[str, typer.Argument(help="Folder of the dense model, or its id on the Hugging Face Hub.")]
@@ -83,6 +92,14 @@ def prune(
     calibration: Calibration,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not hold anything yet.")],
     recipe: RecipeOption = RecipeName.PAPER,
+    recovery: Annotated[
+        RecoveryName | None,
+        typer.Option(
+            help="How the kept weights make up for the pruned ones, if not as in the recipe: none; least_squares, each "
+            "projection by itself; sequential, each also for what went wrong before it; refit, sequential with the "
+            "producers refitted. The last two run the calibration sequences several times more."
+        ),
+    ] = None,
     samples: Samples = DEFAULT_SAMPLES,
     length: Length = None,
     seed: Seed = 0,
@@ -97,14 +114,24 @@ def prune(
 
         numprune prune models/reference-llama --ratio 0.2 --calibration text.txt --output out/
     """
-    job = _Job(model, ratio, calibration, RECIPES[recipe], samples, length, seed, batch_size, device, revision)
+    settings = RECIPES[recipe]
+    if recovery is not None:
+        settings = replace(settings, recovery=recovery.value)
+    job = _Job(model, ratio, calibration, settings, samples, length, seed, batch_size, device, revision)
     check_output(output, _needed_bytes(job.folder))
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, because system folders for temporary files are often too small for Gram matrices.
     with tempfile.TemporaryDirectory(prefix=".numprune-", dir=output.parent) as statistics:
         dense, plan, input_ids, _ = _plan(job, Path(statistics))
-        damping = job.recipe.compensation_damping
-        blocks = apply_plan(dense, plan, Path(statistics), damping=damping, device=job.place)
+        measured = Measured(Path(statistics), input_ids, job.batch_size)
+        blocks = apply_plan(
+            dense,
+            plan,
+            measured,
+            recovery=settings.recovery,
+            damping=settings.compensation_damping,
+            device=job.place,
+        )
         for _ in track(blocks, len(decoder_blocks(dense)), "compensate"):
             pass
     save_pruned(dense, job.folder, output, plan, input_ids)

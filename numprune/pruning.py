@@ -5,6 +5,7 @@ capture_to(folder)  ->  score  ->  make_plan  ->  apply_plan  ->  checkpoint.sav
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from numprune.capture import capture
 from numprune.errors import NumpruneError
 from numprune.newton import newton_direction
 from numprune.plan import PruningPlan
+from numprune.recovery import Recovery, Streams
 from numprune.slicing import slice_block
 from numprune.statistics import BlockStatistics
 from numprune.threshold import Threshold
@@ -30,12 +32,14 @@ class Recipe:
         penalty: Lambda of the numerical score.
         score_damping: Of the score's matrix, relative to its mean diagonal.
         threshold: How the global threshold is found, see `numprune.threshold`.
+        recovery: How the kept weights make up for the pruned ones, see `apply_plan`.
         compensation_damping: Of G_KK, relative to its mean diagonal.
     """
 
     penalty: float = math.inf
     score_damping: float = 1e-6
     threshold: Threshold = "parameters"
+    recovery: Recovery = "least_squares"
     compensation_damping: float = 1e-6
 
     def scoring(self) -> dict[str, float]:
@@ -90,12 +94,28 @@ def scores_at(directions: Mapping[str, Tensor], ratio: float) -> dict[str, Tenso
     return {name: 1 - ratio * direction for name, direction in directions.items()}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What recovery draws on.
+
+    Attributes:
+        statistics: Folder with the blocks' statistics.
+        input_ids: (samples, length) calibration tokens.
+        batch_size: Samples that go through a block together.
+    """
+
+    statistics: Path
+    input_ids: Tensor
+    batch_size: int
+
+
 @torch.no_grad()
 def apply_plan(
     model: PreTrainedModel,
     plan: PruningPlan,
-    statistics: Path | None,
+    measured: Measured | None,
     *,
+    recovery: Recovery = "least_squares",
     damping: float = 0.0,
     device: torch.device | str | None = None,
 ) -> Iterator[int]:
@@ -104,21 +124,32 @@ def apply_plan(
     Args:
         model: The dense model that the plan was made for.
         plan: What stays.
-        statistics: Folder with the blocks' statistics; None slices without compensation.
+        measured: What recovery draws on; None slices without any.
+        recovery: `none`, `least_squares` (the paper's compensation, each projection by itself), `sequential` (each
+            makes up for what went wrong before it) or `refit` (sequential, and the producers are refitted as well).
         damping: Of the compensation.
-        device: Where the equations are solved; by default where the model is.
+        device: Where blocks and equations are computed; by default where the model is.
 
     Raises:
         NumpruneError: If the plan was made for another model, or the tensors that come out are not those it says.
     """
     plan.check_fits(group for groups in prunable_groups(model) for group in groups)
     home = model.device
-    for index, (block, groups) in enumerate(zip(decoder_blocks(model), prunable_groups(model), strict=True)):
-        moments = BlockStatistics.load(statistics, index).moments if statistics else None
-        kept = {group.name: plan.kept(group.name).to(device or home) for group in groups}
-        block.to(device or home)
-        slice_block(block, groups, kept, moments, damping)
-        block.to(home)
+    place = torch.device(device or home)
+    measured = None if recovery == "none" else measured
+    streams = None
+    if measured and recovery in {"sequential", "refit"}:
+        streams = Streams(model, measured.input_ids, batch_size=measured.batch_size, device=place)
+    blocks = decoder_blocks(model)
+    for index, groups in enumerate(prunable_groups(model)):
+        kept = {group.name: plan.kept(group.name).to(place) for group in groups}
+        dense = blocks[index].to(place)
+        pruned = deepcopy(dense) if streams else dense
+        moments = BlockStatistics.load(measured.statistics, index).moments if measured else None
+        slice_block(pruned, groups, kept, moments, damping)
+        if streams:
+            streams.recover(dense, pruned, groups, kept, refit=recovery == "refit")
+        blocks[index] = pruned.to(home)
         yield index
     remaining = prunable_parameters(model)
     if remaining != plan.kept_parameters:

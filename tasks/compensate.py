@@ -5,7 +5,7 @@ from numprune.checkpoint import check_output, load_model, save_pruned, weight_by
 from numprune.device import resolve_device, working_dtype
 from numprune.plan import PruningPlan
 from numprune.progress import track
-from numprune.pruning import apply_plan
+from numprune.pruning import Measured, apply_plan
 from numprune.samples import load_samples
 from tasks.layout import calibration_file, checkpoint_folder, model_folder, plan_file, statistics_folder
 from tasks.parameters import load_parameters
@@ -20,11 +20,15 @@ def compensate(model: str, ratio: float) -> None:
     plan = PruningPlan.load(plan_file(model, ratio))
     device = resolve_device(parameters.compute.device)
     pruned = load_model(source, dtype=working_dtype(device))
-    damping = parameters.recipe.compensation_damping
-    blocks = apply_plan(pruned, plan, statistics_folder(model), damping=damping, device=device)
+    recipe = parameters.recipe
+    input_ids = load_samples(calibration_file(model))
+    measured = Measured(statistics_folder(model), input_ids, parameters.compute.batch_size)
+    blocks = apply_plan(
+        pruned, plan, measured, recovery=recipe.recovery, damping=recipe.compensation_damping, device=device
+    )
     for _ in track(blocks, len(decoder_blocks(pruned)), "compensate"):
         pass
-    save_pruned(pruned, source, output, plan, load_samples(calibration_file(model)))
+    save_pruned(pruned, source, output, plan, input_ids)
 
 
 if __name__ == "__main__":

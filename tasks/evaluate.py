@@ -45,7 +45,7 @@ def evaluate(model: str, ratio: Annotated[float | None, typer.Argument()] = None
     }
     if ratio is not None:
         cut = load_model(dense_folder, dtype=working_dtype(device), device=device)
-        for _ in apply_plan(cut, PruningPlan.load(plan_file(model, ratio)), statistics=None):
+        for _ in apply_plan(cut, PruningPlan.load(plan_file(model, ratio)), measured=None):
             pass
         metrics["perplexity_without_compensation"] = measure(cut, "evaluate without compensation").perplexity
     metrics["protocol"] = {

@@ -82,6 +82,10 @@ class Recipe(_Section):
     threshold: Literal["parameters", "literal"] = Field(
         default="parameters", description="parameters: stop at the share of parameters; literal: Eq. 8 as printed."
     )
+    recovery: Literal["none", "least_squares", "sequential", "refit"] = Field(
+        default="least_squares",
+        description="How kept weights make up for pruned ones, see docs/method.md; least_squares is the paper's.",
+    )
     compensation_damping: float = Field(default=1e-6, ge=0, description="Of G_KK, relative to its mean diagonal.")
 
 

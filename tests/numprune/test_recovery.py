@@ -1,0 +1,108 @@
+import copy
+
+import pytest
+import torch
+
+from numprune.architectures import linear, prunable_groups
+from numprune.plan import Source, make_plan
+from numprune.pruning import Measured, Recipe, apply_plan, capture_to, score_directions, scores_at
+from numprune.recovery import RIDGE, Streams
+from numprune.slicing import channel_indices, slice_block
+
+SOURCE = Source("test", None, "", "")
+
+
+@pytest.fixture
+def measured(model, input_ids, tmp_path):
+    list(capture_to(tmp_path, model, input_ids, batch_size=5))
+    return Measured(tmp_path, input_ids, batch_size=5)
+
+
+@pytest.fixture
+def plan(model, measured):
+    directions = dict(score_directions(model, measured.statistics, Recipe()))
+    groups = [group for block in prunable_groups(model) for group in block]
+    return make_plan(groups, scores_at(directions, 0.4), 0.4, source=SOURCE, recipe={})
+
+
+def observed(block, path, states, arguments):
+    seen = {}
+
+    def keep(_module, inputs, output):
+        seen["input"], seen["output"] = inputs[0].flatten(0, -2).double(), output.flatten(0, -2).double()
+
+    hook = linear(block, path).register_forward_hook(keep)
+    with torch.no_grad():
+        seen["after"] = block(states, **arguments)
+    hook.remove()
+    return seen
+
+
+def ridge_regression(inputs, targets, start):
+    """An independent solution: least squares on rows extended by those of the ridge."""
+    strength = (RIDGE * (inputs**2).sum(0).mean()).sqrt()
+    rows = torch.cat([inputs, strength * torch.eye(inputs.shape[1], dtype=inputs.dtype)])
+    wanted = torch.cat([targets, strength * start.double().T])
+    return torch.linalg.lstsq(rows, wanted).solution.T
+
+
+def test_first_blocks_equations_are_solved(model, plan, input_ids):
+    """Attention and MLP of the first block against least squares on whole matrices."""
+    block, groups = model.model.layers[0], prunable_groups(model)[0]
+    kept = {group.name: plan.kept(group.name) for group in groups}
+    streams = Streams(model, input_ids, batch_size=len(input_ids), device=torch.device("cpu"))
+    (states,), arguments = streams._dense, streams._arguments[len(input_ids)][0]
+    pruned = copy.deepcopy(block)
+    slice_block(pruned, groups, kept)
+    start = copy.deepcopy(pruned)
+    streams.recover(block, pruned, groups, kept, refit=False)
+
+    expected, after = copy.deepcopy(start), {"dense": states.flatten(0, -2).double()}
+    after["pruned"] = after["dense"]
+    for group in groups:
+        dense = observed(block, group.consumer, states, arguments)
+        cut = observed(expected, group.consumer, states, arguments)
+        after["dense"] = after["dense"] + dense["output"]
+        layer = linear(expected, group.consumer)
+        bias = 0 if layer.bias is None else layer.bias.detach().double()
+        target = after["dense"] - after["pruned"] - bias
+        weight = ridge_regression(cut["input"], target, layer.weight.detach())
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        after["pruned"] = after["pruned"] + cut["input"] @ weight.T + bias
+        torch.testing.assert_close(linear(pruned, group.consumer).weight, layer.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_producers_are_fitted_to_the_kept_rows(model, plan, input_ids):
+    """In the first block both streams are equal, so the producers stay as they are."""
+    block, groups = model.model.layers[0], prunable_groups(model)[0]
+    kept = {group.name: plan.kept(group.name) for group in groups}
+    streams = Streams(model, input_ids, batch_size=5, device=torch.device("cpu"))
+    pruned = copy.deepcopy(block)
+    slice_block(pruned, groups, kept)
+    streams.recover(block, pruned, groups[:1], kept, refit=True)
+    for producer in groups[0].producers:
+        rows = channel_indices(kept[groups[0].name], producer.rows)
+        torch.testing.assert_close(
+            linear(pruned, producer.path).weight, linear(block, producer.path).weight[rows], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_each_recovery_brings_the_hidden_states_nearer(model, plan, measured, input_ids):
+    errors = {}
+    with torch.no_grad():
+        dense = model.model(input_ids).last_hidden_state
+        for recovery in ("none", "least_squares", "sequential", "refit"):
+            pruned = copy.deepcopy(model)
+            list(apply_plan(pruned, plan, measured, recovery=recovery))
+            errors[recovery] = (pruned.model(input_ids).last_hidden_state - dense).norm().item()
+    assert errors["least_squares"] < errors["none"]
+    assert errors["sequential"] < errors["least_squares"]
+    assert errors["refit"] < 1.02 * errors["sequential"]
+
+
+def test_shapes_are_those_of_the_plan_and_the_model_generates(model, plan, measured, input_ids):
+    list(apply_plan(model, plan, measured, recovery="refit"))
+    settings = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+    cached = model.generate(input_ids[:2], **settings)
+    assert torch.equal(cached, model.generate(input_ids[:2], use_cache=False, **settings))
