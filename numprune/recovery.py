@@ -1,9 +1,9 @@
 """Sequential recovery: every output projection makes up for all that went wrong before it.
 
-Two streams of hidden states run through the blocks side by side, the dense model's and the pruned one's. In a block with
-residual connections the dense stream is x + o after the attention and x + o + m after the MLP, where o and m are the
-outputs of the two consumers. The pruned stream x' is to come back to it, so a pruned consumer with inputs X' is refitted
-to the target T = (dense stream after the module) - (pruned stream before it):
+Two streams of hidden states run through the blocks side by side, the dense model's and the pruned one's. In a block
+with residual connections the dense stream is x + o after the attention and x + o + m after the MLP, where o and m are
+the outputs of the two consumers. The pruned stream x' is to come back to it, so a pruned consumer with inputs X' is
+refitted to the target T = (dense stream after the module) - (pruned stream before it):
 
     min over V:  ||X' V - T||_F^2 + gamma ||V - V0||_F^2,
 
