@@ -29,6 +29,7 @@ def compare(
     model: Path,
     calibration: str,
     evaluation: str,
+    *,
     samples: int = 128,
     max_tokens: int = 131072,
     batch_size: int = 8,
