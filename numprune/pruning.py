@@ -50,6 +50,11 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {"paper": Recipe()}
 
 
+def recipe_name(recipe: Recipe) -> str:
+    """The name of a preset, or `custom`."""
+    return next((name for name, preset in RECIPES.items() if preset == recipe), "custom")
+
+
 def capture_to(
     folder: Path,
     model: PreTrainedModel,

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from numprune.errors import NumpruneError
+from numprune.pruning import Recipe, recipe_name
 from tasks.layout import (
     benchmark_file,
     calibration_file,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 LOCK_FILE = Path("dvc.lock")
-RECIPE = "paper"
 CANDIDATE = "candidate"
 
 
@@ -47,6 +47,7 @@ class Release:
 
     model: str
     ratio: float
+    recipe: str
     checkpoint: Path
     checkpoint_hash: str
     source_hash: str
@@ -63,7 +64,7 @@ class Release:
         return {
             "model": self.model,
             "ratio": str(self.ratio),
-            "recipe": RECIPE,
+            "recipe": self.recipe,
             "content_hash": self.checkpoint_hash,
             "source_hash": self.source_hash,
             "calibration_hash": self.calibration_hash,
@@ -137,6 +138,7 @@ def read_release(model: str, ratio: float) -> Release:
     return Release(
         model=model,
         ratio=ratio,
+        recipe=recipe_name(Recipe(**load_parameters().recipe.model_dump())),
         checkpoint=checkpoint,
         checkpoint_hash=hashes[checkpoint],
         source_hash=hashes[source],
@@ -284,7 +286,7 @@ def _log_model(client: "MlflowClient", experiment: "Experiment", run: "Run", rel
         name=re.sub(r"[^\w-]", "-", f"{release.model}-{release.ratio}"),  # MLflow allows no dots here.
         source_run_id=run.info.run_id,
         tags=release.tags,
-        params={"ratio": str(release.ratio), "recipe": RECIPE},
+        params={"ratio": str(release.ratio), "recipe": release.recipe},
         model_type="pruned-transformer",
     )
     client.log_model_artifacts(model.model_id, str(release.checkpoint))
