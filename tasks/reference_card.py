@@ -1,5 +1,6 @@
 """The card of the reference model: what it was trained on, how, and how well it does on text it never saw."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def measure(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
 def write_card(folder: Path, reference: Reference, training: dict[str, Any], quality: dict[str, Any]) -> None:
     """Writes `README.md` into the model's folder."""
     shape, settings = reference.shape, reference.training
+    packages = textwrap.fill(
+        f"Packages trained on: {', '.join(settings.packages)}. Their versions are in `constraints.txt`; their "
+        "documentation is under their own licences. Calibration and evaluation text comes from other packages "
+        "(`params.yaml`, `corpus`).",
+        width=120,
+        break_on_hyphens=False,
+    )
     card = f"""---
 license: apache-2.0
 language: en
@@ -55,8 +63,7 @@ seed {settings.seed} |
 | perplexity on held-out packages | {quality["perplexity"]:.2f} ({quality["windows"]} non-overlapping windows of \
 {quality["length"]} tokens, no BOS token) |
 
-Packages trained on: {", ".join(settings.packages)}. Their versions are in `constraints.txt`; their documentation is
-under their own licences. Calibration and evaluation text comes from other packages (`params.yaml`, `corpus`).
+{packages}
 
 Train it again: `make train`.
 """
