@@ -14,7 +14,7 @@ from numprune.capture import capture
 from numprune.checkpoint import check_output, fingerprint, load_model, save_pruned
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan, Source, make_plan
-from numprune.pruning import Recipe, apply_plan, capture_to, score_directions, scores_at
+from numprune.pruning import Measured, Recipe, apply_plan, capture_to, score_directions, scores_at
 from numprune.samples import load_samples
 from tests.numprune.conftest import CONFIGS
 
@@ -29,7 +29,7 @@ def pruned(folder, statistics, ratio=0.4):
     groups = [group for block in prunable_groups(model) for group in block]
     source = Source(str(folder), None, fingerprint(folder), "none")
     plan = make_plan(groups, scores_at(directions, ratio), ratio, source=source, recipe={})
-    list(apply_plan(model, plan, statistics))
+    list(apply_plan(model, plan, Measured(statistics, INPUT_IDS, batch_size=4)))
     return model, plan
 
 

@@ -54,8 +54,16 @@ def test_same_seed_same_bytes(pruning, tmp_path):
     for name in ("first", "second"):
         pruning[pruning.index("--output") + 1] = tmp_path / name
         assert numprune("prune", *pruning, "--seed", 7).returncode == 0
-        outputs.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        outputs.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
     assert outputs[0] == outputs[1]
+
+
+def test_recovery_can_be_chosen(pruning, tmp_path):
+    done = numprune("prune", *pruning, "--recovery", "refit")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "out" / "pruning_plan.json").read_text(encoding="utf-8"))
+    assert plan["recipe"]["recovery"] == "refit"
 
 
 @pytest.mark.parametrize(
