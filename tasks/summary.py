@@ -24,6 +24,8 @@ class Row(TypedDict):
     perplexity: float
     perplexity_without_compensation: float | None
     tokens_per_second: float
+    speed_up: float
+    """Tokens per second over those of the dense model in the same run."""
     peak_memory_bytes: int
 
 
@@ -35,6 +37,7 @@ COLUMNS = (
     "perplexity",
     "without compensation",
     "tokens/s",
+    "speed-up",
     "peak memory",
 )
 
@@ -61,8 +64,8 @@ def read_rows(model: str, ratios: Sequence[float]) -> list[Row]:
         )
         if not rows:
             # Each benchmark measures the dense model again; one of them stands for it.
-            rows.append(_row(model, None, 0.0, benchmark["dense"], dense))
-        rows.append(_row(model, ratio, plan["achieved_ratio"], benchmark["pruned"], evaluation))
+            rows.append(_row(model, None, 0.0, benchmark, dense))
+        rows.append(_row(model, ratio, plan["achieved_ratio"], benchmark, evaluation))
     return rows
 
 
@@ -77,6 +80,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row['perplexity']:.2f}",
         "" if without is None else f"{without:.2f}",
         f"{row['tokens_per_second']:,.0f}",
+        f"{row['speed_up']:.2f} x",
         f"{row['peak_memory_bytes'] / 1e6:,.0f} MB",
     )
 
@@ -126,16 +130,18 @@ def draw(rows: Iterable[Row], path: Path) -> None:
 
 
 def _row(model: str, ratio: float | None, removed: float, benchmark: dict[str, Any], evaluation: dict[str, Any]) -> Row:
+    cost = benchmark["dense" if ratio is None else "pruned"]
     return Row(
         model=model,
         ratio=ratio,
         removed=removed,
-        parameters=benchmark["parameters"],
-        checkpoint_bytes=benchmark["checkpoint_bytes"],
+        parameters=cost["parameters"],
+        checkpoint_bytes=cost["checkpoint_bytes"],
         perplexity=evaluation["perplexity"],
         perplexity_without_compensation=evaluation.get("perplexity_without_compensation"),
-        tokens_per_second=benchmark["tokens_per_second"],
-        peak_memory_bytes=benchmark["peak_memory_bytes"],
+        tokens_per_second=cost["tokens_per_second"],
+        speed_up=cost["tokens_per_second"] / benchmark["dense"]["tokens_per_second"],
+        peak_memory_bytes=cost["peak_memory_bytes"],
     )
 
 

@@ -37,8 +37,8 @@ def ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_dense_first_then_rising_ratios(ratios: list[float]) -> None:
     dense, fifth, half = read_rows(MODEL, ratios)
     assert (dense["ratio"], fifth["ratio"], half["ratio"]) == (None, 0.2, 0.5)
-    assert cells(dense) == ("small", "dense", "10.00 M", "20.0 MB", "20.00", "", "50", "50 MB")
-    assert cells(fifth) == ("small 0.2", "19.9%", "8.00 M", "16.0 MB", "20.20", "30.20", "60", "40 MB")
+    assert cells(dense) == ("small", "dense", "10.00 M", "20.0 MB", "20.00", "", "50", "1.00 x", "50 MB")
+    assert cells(fifth) == ("small 0.2", "19.9%", "8.00 M", "16.0 MB", "20.20", "30.20", "60", "1.20 x", "40 MB")
 
 
 @pytest.mark.usefixtures("ratios")
