@@ -60,7 +60,7 @@ class Report:
         if restored:
             stages += f", {restored} restored from DVC's cache"
         new = sum(publication.is_new for publication in self.publications)
-        return f"{stages}; {new} of {len(self.publications)} versions newly registered."
+        return f"{stages}; {new} of {len(self.publications)} versions newly published."
 
 
 def _is_worth_another_try(_task: Any, _run: Any, state: State[Any]) -> bool:
@@ -118,7 +118,7 @@ def publish_version(model: str, ratio: float) -> Publication | State[None]:
             publication = publish(model, ratio)
     except NumpruneError as error:
         return Failed(name=Ending.REJECTED.value, message=f"publish@{model}-{ratio}: {error}")
-    what = "registered as" if publication.is_new else "is already"
+    what = "published as" if publication.is_new else "is already"
     get_run_logger().info("%s at ratio %s %s version %d", model, ratio, what, publication.version)
     return publication
 

@@ -54,7 +54,7 @@ def test_dvc_alone_reproduces_every_file(checkout: Checkout) -> None:
     run = checkout.compress()
     assert run.code == 0, run.output
     assert run.ran == ALL_STAGES
-    assert "10 stages run, 0 unchanged; 1 of 1 versions newly registered." in run.output
+    assert "10 stages run, 0 unchanged; 1 of 1 versions newly published." in run.output
     assert locked_results(checkout.root) == first
 
 
@@ -63,7 +63,7 @@ def test_second_run_does_nothing(checkout: Checkout) -> None:
     run = checkout.compress()
     assert run.code == 0, run.output
     assert run.ran == set()
-    assert "0 stages run, 10 unchanged; 0 of 1 versions newly registered." in run.output
+    assert "0 stages run, 10 unchanged; 0 of 1 versions newly published." in run.output
     assert (checkout.root / "dvc.lock").read_bytes() == before
 
 
@@ -102,7 +102,7 @@ def test_another_ratio_redoes_nothing_before_the_threshold(checkout: Checkout) -
     assert run.ran == FROM_PRUNE_ON
     assert run.ended[f"evaluate@{MODEL}-0.2"] == "Unchanged"
     assert run.ended[f"evaluate@{MODEL}-0.5"] == "Completed"
-    assert "5 stages run, 9 unchanged; 1 of 2 versions newly registered." in run.output
+    assert "5 stages run, 9 unchanged; 1 of 2 versions newly published." in run.output
 
 
 def test_another_calibration_seed_redoes_what_depends_on_it(checkout: Checkout) -> None:
@@ -114,7 +114,7 @@ def test_another_calibration_seed_redoes_what_depends_on_it(checkout: Checkout) 
     run = checkout.compress()
     assert run.code == 0, run.output
     assert run.ran == ALL_STAGES - {"corpus", "evaluate_dense"}
-    assert "1 of 1 versions newly registered." in run.output
+    assert "1 of 1 versions newly published." in run.output
 
 
 def test_mistake_found_by_a_stage_is_one_message(checkout: Checkout) -> None:
