@@ -32,6 +32,17 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
+# Tokenizer and generation settings stay byte for byte: saving them anew would rewrite them in the form of this version.
+_CARRIED_OVER = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+)
 PLAN_FILE = "pruning_plan.json"
 # In a folder of its own: some engines take every safetensors file beside config.json for weights.
 CALIBRATION_FILE = "calibration/input_ids.safetensors"
@@ -173,10 +184,10 @@ def check_output(folder: Path, needed_bytes: int) -> None:
 
 
 def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: PruningPlan, input_ids: Tensor) -> None:
-    """Saves a sliced model with its source's tokenizer so that `from_pretrained` loads it anywhere.
+    """Saves a sliced model so that `from_pretrained` loads it anywhere.
 
     The folder holds sharded safetensors in the source's data type, a configuration with `per_layer_config`, the
-    modelling file that reads it, the plan, and the calibration tokens.
+    modelling file that reads it, the source's tokenizer and generation settings, the plan, and the calibration tokens.
 
     Args:
         model: A model whose layers were sliced.
@@ -190,14 +201,14 @@ def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: Prunin
     """
     pruned: Any = _as_ragged(model)
     pruned.to(load_config(source).dtype)
-    tokenizer = load_tokenizer(source)
     try:
         with replace_on_success(output) as temporary:
             pruned.save_pretrained(temporary)
             plan.save(temporary / PLAN_FILE)
             save_samples(input_ids, temporary / CALIBRATION_FILE)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+            for pattern in _CARRIED_OVER:
+                for file in source.glob(pattern):
+                    shutil.copyfile(file, temporary / file.name)
     except (OSError, SafetensorError) as error:
         raise NumpruneError(f"{output} cannot be written: {error}. Nothing is left behind.") from error
 
@@ -217,5 +228,4 @@ def _as_ragged(model: PreTrainedModel) -> PreTrainedModel:
         pruned = model_class(config)
     pruned.load_state_dict(model.state_dict(), assign=True)
     pruned.tie_weights()
-    pruned.generation_config = model.generation_config
     return pruned.eval()

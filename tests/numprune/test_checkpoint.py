@@ -78,6 +78,8 @@ print(model.generate(torch.tensor({input_ids[:1].tolist()}), do_sample=False, ma
 def test_carries_tokenizer_plan_and_configuration(saved):
     _, folder = saved
     assert AutoTokenizer.from_pretrained(folder)("def")["input_ids"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (folder.parent / "dense" / name).read_bytes()
     plan = PruningPlan.load(folder / "pruning_plan.json")
     layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["per_layer_config"]
     assert [layer["intermediate_size"] for layer in layers.values()] == [len(plan.kept(f"{i}.mlp")) for i in range(3)]
@@ -92,6 +94,16 @@ def test_keeps_the_data_type_of_the_source(make_checkpoint, tmp_path):
     save_pruned(model.float(), dense, tmp_path / "pruned", plan, INPUT_IDS)
     weights = load_file(tmp_path / "pruned" / "model.safetensors").values()
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
+
+
+def test_generation_settings_that_transformers_would_not_save_are_carried_over(make_checkpoint, tmp_path):
+    """As in LLaMA-2's published checkpoints: a temperature without sampling."""
+    dense = make_checkpoint()
+    settings = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
+    (dense / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    model, plan = pruned(dense, tmp_path / "statistics")
+    save_pruned(model, dense, tmp_path / "pruned", plan, INPUT_IDS)
+    assert json.loads((tmp_path / "pruned" / "generation_config.json").read_text(encoding="utf-8")) == settings
 
 
 def test_a_pruned_model_can_be_pruned_again(saved, tmp_path):
