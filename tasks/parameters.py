@@ -144,6 +144,7 @@ class ReferenceTraining(_Section):
     muon_rate: float = Field(default=4e-3, gt=0, description="Peak learning rate of the matrices.")
     adamw_rate: float = Field(default=4e-3, gt=0, description="Peak learning rate of embeddings and norms.")
     checkpoint_steps: Count = Field(default=100, description="Steps between two checkpoints.")
+    compile: bool = Field(default=True, description="Fuse the step by torch.compile, which needs a C++ compiler.")
     seed: int = 0
 
 

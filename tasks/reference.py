@@ -18,11 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from tasks.parameters import ReferenceShape, ReferenceTraining
 
 END_OF_TEXT = "<|endoftext|>"
 _MICRO_BATCH = 8
+
+Settings = dict[str, dict[str, Any]]
 
 
 def train_tokenizer(corpus: Path, shape: ReferenceShape) -> PreTrainedTokenizerFast:
@@ -65,13 +68,16 @@ def train_reference(corpus: Path, output: Path, shape: ReferenceShape, training:
     model = LlamaForCausalLM(_configuration(shape, tokenizer))
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    loss_of = torch.compile(partial(_next_token_loss, model))
+    loss_of: Callable[[torch.Tensor], torch.Tensor] = partial(_next_token_loss, model)
+    if training.compile:
+        loss_of = torch.compile(loss_of)
     optimizers = [
         torch.optim.Muon(matrices, lr=training.muon_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=training.adamw_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     checkpoint = output.with_name(f"{output.name}.checkpoint.pt")
-    first_step = _resume(checkpoint, model, optimizers)
+    settings = {"shape": shape.model_dump(), "training": training.model_dump()}
+    first_step = _resume(checkpoint, settings, model, optimizers)
     order = _row_order(len(rows), training)
     smoothed = math.nan
     with Progress() as progress:
@@ -85,7 +91,7 @@ def train_reference(corpus: Path, output: Path, shape: ReferenceShape, training:
             smoothed = loss if math.isnan(smoothed) else 0.98 * smoothed + 0.02 * loss
             progress.update(bar, advance=1, description=f"train, loss {smoothed:.3f}")
             if (step + 1) % training.checkpoint_steps == 0:
-                _checkpoint(checkpoint, model, optimizers, step + 1)
+                _checkpoint(checkpoint, settings, model, optimizers, step + 1)
     with replace_on_success(output) as temporary:
         model.bfloat16().save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -154,16 +160,21 @@ def _step(
     return total
 
 
-def _checkpoint(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int) -> None:
+def _checkpoint(
+    path: Path, settings: Settings, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], step: int
+) -> None:
     states = [optimizer.state_dict() for optimizer in optimizers]
     with replace_on_success(path) as temporary:
-        torch.save({"step": step, "model": model.state_dict(), "optimizers": states}, temporary)
+        torch.save({"settings": settings, "step": step, "model": model.state_dict(), "optimizers": states}, temporary)
 
 
-def _resume(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> int:
+def _resume(path: Path, settings: Settings, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Loads the checkpoint of an unfinished training and returns the steps it has done."""
     if not path.exists():
         return 0
     saved = torch.load(path, weights_only=True)
+    if saved["settings"] != settings:
+        raise NumpruneError(f"{path} is of a training with other parameters: finish that one or remove the file.")
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
