@@ -6,7 +6,7 @@ capture_to(folder)  ->  score  ->  make_plan  ->  apply_plan  ->  checkpoint.sav
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,10 +41,6 @@ class Recipe:
     threshold: Threshold = "parameters"
     recovery: Recovery = "least_squares"
     compensation_damping: float = 1e-6
-
-    def scoring(self) -> dict[str, float]:
-        """The settings that scores depend on."""
-        return {key: value for key, value in asdict(self).items() if key in ("penalty", "score_damping")}
 
 
 RECIPES: Mapping[str, Recipe] = {"paper": Recipe()}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from numprune.architectures import PrunableGroup
 from numprune.errors import NumpruneError
 
 Threshold = Literal["parameters", "literal"]
-THRESHOLDS: tuple[Threshold, ...] = get_args(Threshold)
 
 
 class Selection(NamedTuple):
