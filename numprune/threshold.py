@@ -84,7 +84,7 @@ def _candidates(
 
 
 def _units_for_parameters(costs: Tensor, budget: float, ratio: float, groups: Sequence[PrunableGroup]) -> int:
-    reached = costs.cumsum(0)
+    reached = costs.double().cumsum(0)  # Exact up to 2^53 parameters.
     if not len(reached) or reached[-1] < budget:
         most = (reached[-1].item() if len(reached) else 0) / sum(group.parameters for group in groups)
         raise NumpruneError(
@@ -93,4 +93,4 @@ def _units_for_parameters(costs: Tensor, budget: float, ratio: float, groups: Se
     above = int(torch.searchsorted(reached, budget).item())
     below = reached[above - 1].item() if above else 0
     # The unit that crosses the budget goes if that comes nearer to it.
-    return above + 1 if reached[above] - budget < budget - below else above
+    return above + 1 if reached[above].item() - budget < budget - below else above
