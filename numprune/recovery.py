@@ -37,22 +37,19 @@ RIDGE = 1e-2
 class _Regression:
     """Streams the normal equations of a linear layer's new weight over batches, in float64 sums of float32 products."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        device = layer.weight.device
-        self.gram = torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(layer.out_features, layer.in_features, dtype=torch.float64, device=device)
+    def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
+        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(targets, inputs, dtype=torch.float64, device=device)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         rows, wanted = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
         self.gram += rows.T @ rows
         self.cross += wanted.T @ rows
 
-    def solve(self, start: Tensor, ridge: float, subject: str) -> Tensor:
-        """The (D_out, D) weight; `start` is what the ridge pulls towards."""
+    def factor(self, ridge: float, subject: str) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of the damped Gram matrix, and gamma."""
         gamma = ridge * self.gram.diagonal().mean()
-        factor, _ = damped_cholesky(self.gram.clone(), ridge, subject=subject)
-        solved = torch.cholesky_solve((self.cross + gamma * start.double()).T, factor)
-        return solved.T.to(start.dtype)
+        return damped_cholesky(self.gram.clone(), ridge, subject=subject)[0], gamma
 
 
 class Streams:
@@ -93,50 +90,68 @@ class Streams:
             kept: Indices of the units that stayed, by the group's name.
             refit: Whether the producers are refitted too.
         """
+        index = groups[0].block
+        seen = [self._dense_pass(block, groups, states) for states in self._dense]
         for position, group in enumerate(groups):
             if refit:
-                self._refit_producers(block, pruned, group, kept[group.name])
-            self._refit_consumer(block, pruned, groups[: position + 1])
-        for batch, (dense, cut) in enumerate(zip(self._dense, self._pruned, strict=True)):
-            arguments = self._of(dense, groups[0].block)
-            self._dense[batch], self._pruned[batch] = block(dense, **arguments), pruned(cut, **arguments)
+                inputs = [batch.inputs[position] for batch in seen]
+                self._refit_producers(block, pruned, group, kept[group.name], inputs)
+            self._refit_consumer(pruned, groups[: position + 1], seen)
+        self._dense = [batch.after for batch in seen]
+        self._pruned = [pruned(states, **self._of(states, index)) for states in self._pruned]
 
-    def _refit_producers(self, block: nn.Module, pruned: nn.Module, group: PrunableGroup, kept: Tensor) -> None:
-        layers = [linear(pruned, producer.path) for producer in group.producers]
-        regressions = [_Regression(layer) for layer in layers]
-        paths = [producer.path for producer in group.producers]
-        for (_, dense), (_, cut) in self._observed(block, pruned, group.block, paths):
-            for producer, layer, regression in zip(group.producers, layers, regressions, strict=True):
-                wanted = dense[producer.path].output[..., channel_indices(kept, producer.rows)]
-                regression.add(cut[producer.path].input, wanted if layer.bias is None else wanted - layer.bias)
-        for producer, layer, regression in zip(group.producers, layers, regressions, strict=True):
-            layer.weight.copy_(regression.solve(layer.weight, self._ridge, f"block {group.block}, {producer.path}"))
+    def _dense_pass(self, block: nn.Module, groups: Sequence[PrunableGroup], states: Tensor) -> "_Dense":
+        inputs = [group.producers[0].path for group in groups]
+        outputs = [group.consumer for group in groups]
+        with _watching(block, [*inputs, *outputs]) as seen:
+            after = block(states, **self._of(states, groups[0].block))
+        aims, reached = [], states
+        for path in outputs:
+            reached = reached + seen[path].output
+            aims.append(reached)
+        return _Dense([seen[path].input for path in inputs], aims, after)
 
-    def _refit_consumer(self, block: nn.Module, pruned: nn.Module, groups: Sequence[PrunableGroup]) -> None:
+    def _refit_producers(
+        self, block: nn.Module, pruned: nn.Module, group: PrunableGroup, kept: Tensor, dense: Sequence[Tensor]
+    ) -> None:
+        """The producers of a group share their input Z, so the cross moments Z'^T Z U_kept need no output of theirs."""
+        size = linear(block, group.producers[0].path).in_features
+        regression = _Regression(size, size, kept.device)
+        for states, inputs in zip(self._pruned, dense, strict=True):
+            cut, _ = _run_until(pruned, group.producers[0].path, states, self._of(states, group.block))
+            regression.add(cut, inputs)
+        factor, gamma = regression.factor(self._ridge, f"block {group.block}, input of {group.producers[0].path}")
+        for producer in group.producers:
+            layer = linear(pruned, producer.path)
+            wanted = linear(block, producer.path).weight[channel_indices(kept, producer.rows)].double()
+            solved = torch.cholesky_solve((wanted @ regression.cross + gamma * wanted).T, factor).T
+            layer.weight.copy_(solved)
+
+    def _refit_consumer(self, pruned: nn.Module, groups: Sequence[PrunableGroup], seen: "Sequence[_Dense]") -> None:
         """Refits the consumer of the last group; those of the groups before it have joined the streams already."""
         *before, group = groups
         layer = linear(pruned, group.consumer)
-        regression = _Regression(layer)
-        paths = [g.consumer for g in groups]
-        for (dense_states, dense), (cut_states, cut) in self._observed(block, pruned, group.block, paths):
-            aim = dense_states + sum(dense[path].output for path in paths)
-            reached = cut_states + sum(cut[g.consumer].output for g in before)
-            wanted = aim - reached if layer.bias is None else aim - reached - layer.bias
-            regression.add(cut[group.consumer].input, wanted)
-        layer.weight.copy_(regression.solve(layer.weight, self._ridge, f"block {group.block}, {group.consumer}"))
-
-    def _observed(
-        self, block: nn.Module, pruned: nn.Module, index: int, paths: Sequence[str]
-    ) -> "Iterator[tuple[tuple[Tensor, dict[str, _Seen]], tuple[Tensor, dict[str, _Seen]]]]":
-        for dense, cut in zip(self._dense, self._pruned, strict=True):
-            arguments = self._of(dense, index)
-            with _watching(block, paths) as dense_seen, _watching(pruned, paths) as cut_seen:
-                block(dense, **arguments)
-                pruned(cut, **arguments)
-            yield (dense, dense_seen), (cut, cut_seen)
+        regression = _Regression(layer.in_features, layer.out_features, layer.weight.device)
+        paths = [g.consumer for g in before]
+        for states, dense in zip(self._pruned, seen, strict=True):
+            inputs, outputs = _run_until(pruned, group.consumer, states, self._of(states, group.block), paths)
+            wanted = dense.aims[len(before)] - states - sum(outputs)
+            regression.add(inputs, wanted if layer.bias is None else wanted - layer.bias)
+        factor, gamma = regression.factor(self._ridge, f"block {group.block}, {group.consumer}")
+        solved = torch.cholesky_solve((regression.cross + gamma * layer.weight.double()).T, factor).T
+        layer.weight.copy_(solved)
 
     def _of(self, states: Tensor, index: int) -> dict[str, Any]:
         return self._arguments[len(states)][index]
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """One batch in a dense block: what enters each group's producers, the stream after each group and after the block."""
+
+    inputs: list[Tensor]
+    aims: list[Tensor]
+    after: Tensor
 
 
 @dataclass(frozen=True)
@@ -161,3 +176,30 @@ def _watching(block: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, _See
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _ReachedError(Exception):
+    """Ends a block's forward pass where what is after it is of no interest."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+def _run_until(
+    block: nn.Module, path: str, states: Tensor, arguments: dict[str, Any], watched: Sequence[str] = ()
+) -> tuple[Tensor, list[Tensor]]:
+    """What enters a layer of a block, and what layers before it give; layers after it are not computed."""
+
+    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _ReachedError(inputs[0])
+
+    hook = linear(block, path).register_forward_pre_hook(stop)
+    try:
+        with _watching(block, watched) as seen:
+            block(states, **arguments)
+    except _ReachedError as reached:
+        return reached.inputs, [seen[name].output for name in watched]
+    finally:
+        hook.remove()
+    raise AssertionError(f"{path} took no part in its block's forward pass")

@@ -1,0 +1,109 @@
+"""Removal in the Optimal Brain Surgeon sense: which units go first, and what their absence costs a projection.
+
+With G = X^T X of a projection's inputs, H = G + gamma I and W the weight in the orientation y = xW, removing the inputs P
+and letting the others take over their work at best costs
+
+    L(P) = tr(W_P^T [(H^-1)_PP]^-1 W_P),
+
+a squared error over all tokens. The greedy order removes what is cheapest, then passes on to the smaller problem,
+
+    W <- W - H^-1_:P [(H^-1)_PP]^-1 W_P,        H^-1 <- H^-1 - H^-1_:P [(H^-1)_PP]^-1 H^-1_P: .
+
+For an order that is given, one Cholesky factor shows every loss: with the inputs sorted so that those that go last come
+first and H = L L^T, the loss after the last k are gone is the squared norm of the last k rows of L^T W.
+"""
+
+import torch
+from torch import Tensor
+
+from numprune.cholesky import damped_cholesky
+
+
+def removal_order(
+    gram: Tensor, weight: Tensor, *, channels: int = 1, damping: float = 0.0, at_once: int = 1, subject: str = "G"
+) -> Tensor:
+    """The greedy order in which units leave a projection.
+
+    Args:
+        gram: (D, D), the second moments X^T X of the projection's input.
+        weight: (D_out, D), as `nn.Linear` stores it.
+        channels: Consecutive inputs that make one unit.
+        damping: Gamma relative to the mean diagonal of G; raised where G is too near to singular.
+        at_once: Units that go before costs are computed anew.
+        subject: What is ranked, for the log.
+
+    Returns:
+        (units,) indices, the first to go first.
+
+    Raises:
+        ValueError: If shapes do not fit or an argument is out of range.
+    """
+    units = _check(gram, weight, channels)
+    if at_once < 1:
+        raise ValueError(f"at_once must be at least 1, got {at_once}")
+    factor, _ = damped_cholesky(gram.double().clone(), damping, subject=subject)
+    inverse = torch.cholesky_inverse(factor)
+    rest = weight.double().T.clone()
+    alive = torch.arange(units, device=weight.device)
+    order = []
+    while len(alive):
+        costs = _costs(inverse, rest, channels)
+        gone = costs.topk(min(at_once, len(alive)), largest=False).indices
+        order.append(alive[gone])
+        stays = torch.ones(len(alive), dtype=torch.bool, device=weight.device)
+        stays[gone] = False
+        alive = alive[stays]
+        stays = stays.repeat_interleave(channels)
+        columns = (gone[:, None] * channels + torch.arange(channels, device=gone.device)).flatten()
+        across = inverse[:, columns]
+        solved = torch.linalg.solve(across[columns], torch.cat([across[stays].T, rest[columns]], dim=1))
+        taken, weights = solved.split([int(stays.sum()), rest.shape[1]], dim=1)
+        inverse = inverse[stays][:, stays] - across[stays] @ taken
+        rest = rest[stays] - across[stays] @ weights
+    return torch.cat(order)
+
+
+def _costs(inverse: Tensor, rest: Tensor, channels: int) -> Tensor:
+    """tr(W_u^T [(H^-1)_uu]^-1 W_u) of every unit u."""
+    if channels == 1:
+        return rest.square().sum(dim=1) / inverse.diagonal()
+    units = len(rest) // channels
+    blocks = inverse.view(units, channels, units, channels).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    weights = rest.view(units, channels, -1)
+    return (torch.linalg.solve(blocks, weights) * weights).sum(dim=(1, 2))
+
+
+def loss_curve(
+    gram: Tensor, weight: Tensor, order: Tensor, *, channels: int = 1, damping: float = 0.0, subject: str = "G"
+) -> Tensor:
+    """What is lost at best when units leave a projection in a given order.
+
+    Args:
+        gram: (D, D), the second moments X^T X of the projection's input.
+        weight: (D_out, D), as `nn.Linear` stores it.
+        order: (units,) indices, the first to go first.
+        channels: Consecutive inputs that make one unit.
+        damping: Gamma relative to the mean diagonal of G; raised where G is too near to singular.
+        subject: What is measured, for the log.
+
+    Returns:
+        (units + 1,) float64: entry k is the squared error, as a share of the projection's squared output, after the
+        first k units are gone. It begins with 0 and never falls.
+
+    Raises:
+        ValueError: If shapes do not fit or an argument is out of range.
+    """
+    units = _check(gram, weight, channels)
+    inputs = (order.flip(0)[:, None] * channels + torch.arange(channels, device=order.device)).flatten()
+    factor, _ = damped_cholesky(gram.double()[inputs][:, inputs], damping, subject=subject)
+    losses = (factor.T @ weight.double()[:, inputs].T).square().sum(dim=1)
+    losses = losses.view(units, channels).sum(dim=1).flip(0).cumsum(0)
+    return torch.cat([losses.new_zeros(1), losses / losses[-1].clamp_min(torch.finfo(losses.dtype).tiny)])
+
+
+def _check(gram: Tensor, weight: Tensor, channels: int) -> int:
+    if weight.ndim != 2 or gram.shape != (weight.shape[1],) * 2:
+        raise ValueError(f"gram {tuple(gram.shape)} and weight {tuple(weight.shape)} must be (D, D) and (D_out, D)")
+    if channels < 1 or weight.shape[1] % channels:
+        raise ValueError(f"channels must be a divisor of {weight.shape[1]}, got {channels}")
+    return weight.shape[1] // channels
