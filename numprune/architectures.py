@@ -91,33 +91,39 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def prunable_groups(model: PreTrainedModel) -> list[list[PrunableGroup]]:
-    """The prunable groups of every decoder block.
+    """The prunable groups of every decoder block; modules that are absent are no groups.
 
     Raises:
         NumpruneError: If the architecture is not supported.
     """
-    return [
-        [_attention_group(index, block), _mlp_group(index, block)] for index, block in enumerate(decoder_blocks(model))
-    ]
+    blocks: list[list[PrunableGroup]] = []
+    for index, block in enumerate(decoder_blocks(model)):
+        present = []
+        if not _is_absent(block.get_submodule("self_attn")):
+            present.append(_attention_group(index, block))
+        if not _is_absent(block.get_submodule("mlp")):
+            present.append(_mlp_group(index, block))
+        blocks.append(present)
+    return blocks
 
 
 def layer_widths(model: PreTrainedModel) -> list[dict[str, int]]:
-    """The widths of every decoder block under the names that transformers' configurations use for them."""
+    """The widths of every decoder block under the names that transformers' configurations use; 0 where it is absent."""
     widths = []
     for block in decoder_blocks(model):
         attention: Any = block.get_submodule("self_attn")
-        widths.append(
-            {
-                "num_attention_heads": linear(block, "self_attn.q_proj").out_features // attention.head_dim,
-                "num_key_value_heads": linear(block, "self_attn.k_proj").out_features // attention.head_dim,
-                "intermediate_size": linear(block, "mlp.gate_proj").out_features,
-            }
-        )
+        queries = keys = channels = 0
+        if not _is_absent(attention):
+            queries = linear(block, "self_attn.q_proj").out_features // attention.head_dim
+            keys = linear(block, "self_attn.k_proj").out_features // attention.head_dim
+        if not _is_absent(block.get_submodule("mlp")):
+            channels = linear(block, "mlp.gate_proj").out_features
+        widths.append({"num_attention_heads": queries, "num_key_value_heads": keys, "intermediate_size": channels})
     return widths
 
 
 def head_dim(model: PreTrainedModel) -> int:
-    """Channels of one attention head."""
+    """Channels of one attention head; an absent attention knows them too."""
     attention: Any = decoder_blocks(model)[0].get_submodule("self_attn")
     return int(attention.head_dim)
 
@@ -134,6 +140,11 @@ def linear(block: nn.Module, path: str) -> nn.Linear:
             f"{path} is a {type(module).__name__}, not a plain nn.Linear: prune the unquantized model, then quantize."
         )
     return module
+
+
+def _is_absent(module: nn.Module) -> bool:
+    # By attribute: a model loaded with the file that its checkpoint brings has classes of that file.
+    return getattr(module, "is_absent", False)
 
 
 def _attention_group(index: int, block: nn.Module) -> PrunableGroup:

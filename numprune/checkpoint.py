@@ -219,13 +219,18 @@ def _as_ragged(model: PreTrainedModel) -> PreTrainedModel:
     config_class.register_for_auto_class()
     model_class.register_for_auto_class("AutoModelForCausalLM")
     settings = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "per_layer_config"):
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "consumer_bias"):
         settings.pop(key, None)
     settings["head_dim"] = head_dim(model)
     settings["per_layer_config"] = dict(enumerate(layer_widths(model)))
-    config = config_class(**settings)
+    state = model.state_dict()
     with torch.device("meta"):
-        pruned = model_class(config)
-    pruned.load_state_dict(model.state_dict(), assign=True)
+        pruned = model_class(config_class(**settings))
+        if state.keys() - pruned.state_dict().keys():  # Biases that the family's own configuration does not give.
+            pruned = model_class(config_class(**settings, consumer_bias=True))
+    for name, bias in pruned.state_dict().items():
+        if name.endswith(".bias") and name not in state:
+            state[name] = torch.zeros(bias.shape, dtype=model.dtype, device=model.device)
+    pruned.load_state_dict(state, assign=True)
     pruned.tie_weights()
     return pruned.eval()

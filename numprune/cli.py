@@ -57,6 +57,7 @@ class RecoveryName(StrEnum):
     """Names of `numprune.recovery.Recovery`."""
 
     NONE = "none"
+    BIAS = "bias"
     LEAST_SQUARES = "least_squares"
     SEQUENTIAL = "sequential"
     REFIT = "refit"
@@ -95,9 +96,9 @@ def prune(
     recovery: Annotated[
         RecoveryName | None,
         typer.Option(
-            help="How the kept weights make up for the pruned ones, if not as in the recipe: none; least_squares, each "
-            "projection by itself; sequential, each also for what went wrong before it; refit, sequential with the "
-            "producers refitted. The last two run the calibration sequences several times more."
+            help="How the kept weights make up for the pruned ones, if not as in the recipe: none; bias, by their mean; "
+            "least_squares, each projection by itself; sequential, each also for what went wrong before it; refit, "
+            "sequential with the producers refitted. The last two run the calibration sequences several times more."
         ),
     ] = None,
     samples: Samples = DEFAULT_SAMPLES,
@@ -282,12 +283,12 @@ def _plan(job: "_Job", statistics: Path) -> tuple[PreTrainedModel, PruningPlan, 
 
 def _plan_table(model: PreTrainedModel, plan: PruningPlan) -> Table:
     table = Table("block", *(f"{kind} units kept" for kind in KINDS), "parameters kept")
-    for groups in prunable_groups(model):
-        planned = [plan.groups[group.name] for group in groups]
-        kept = sum(len(group.kept) * group.unit_parameters for group in planned)
-        total = sum(group.units * group.unit_parameters for group in planned)
-        counts = (f"{len(group.kept)} of {group.units}" for group in planned)
-        table.add_row(str(groups[0].block), *counts, f"{kept / total:.1%}")
+    for index, groups in enumerate(prunable_groups(model)):
+        planned = {group.kind: plan.groups[group.name] for group in groups}
+        kept = sum(len(group.kept) * group.unit_parameters for group in planned.values())
+        total = sum(group.units * group.unit_parameters for group in planned.values())
+        counts = (f"{len(planned[kind].kept)} of {planned[kind].units}" if kind in planned else "" for kind in KINDS)
+        table.add_row(str(index), *counts, f"{kept / total:.1%}" if total else "")
     return table
 
 

@@ -10,6 +10,8 @@ which is least squares on the kept inputs,
     W_K <- W_K + (G_KK + gamma I)^-1 G_KP W_P :
 
 one Cholesky factorisation of |K| x |K| instead of an inverse of D x D.
+
+FLAP (arXiv 2312.11983) leaves W_K alone and adds what the pruned inputs give on average, mean(X_P) W_P, as a bias.
 """
 
 import torch
@@ -45,6 +47,27 @@ def compensate(gram: Tensor, weight: Tensor, keep: Tensor, damping: float = 0.0,
     factor, _ = damped_cholesky(gram[kept][:, kept], damping, subject=subject)
     taken_over = torch.cholesky_solve(gram[kept][:, pruned] @ exact[:, pruned].T, factor)
     return (exact[:, kept] + taken_over.T).to(weight.dtype)
+
+
+def bias_compensation(mean: Tensor, weight: Tensor, keep: Tensor) -> Tensor:
+    """The mean output of the pruned inputs, which a bias can give in their place.
+
+    Args:
+        mean: (D,), of the projection's input over tokens.
+        weight: (D_out, D), as `nn.Linear` stores it.
+        keep: The kept inputs: indices, or a (D,) boolean mask.
+
+    Returns:
+        (D_out,) bias, in the type of `weight`.
+
+    Raises:
+        ValueError: If shapes do not fit, nothing is kept, or an index is out of range or repeated.
+    """
+    channels = weight.shape[1]
+    if mean.shape != (channels,):
+        raise ValueError(f"mean must be ({channels},) to fit the weight, got {tuple(mean.shape)}")
+    _, pruned = _partition(keep.to(weight.device), channels)
+    return (weight[:, pruned].double() @ mean.to(weight.device, torch.float64)[pruned]).to(weight.dtype)
 
 
 def _partition(keep: Tensor, channels: int) -> tuple[Tensor, Tensor]:

@@ -41,16 +41,16 @@ class GroupPlan:
 
     Attributes:
         units: Units of the dense group.
-        kept: Ascending indices of the units that stay.
+        kept: Ascending indices of the units that stay; if there are none, the whole module goes.
         unit_parameters: Parameters that go with one unit.
-        lowest_kept: Lowest score of a unit that stays.
+        lowest_kept: Lowest score of a unit that stays; None if none stays.
         highest_removed: Highest score of a unit that goes; None if none goes.
     """
 
     units: int
     kept: tuple[int, ...]
     unit_parameters: int
-    lowest_kept: float
+    lowest_kept: float | None
     highest_removed: float | None
 
 
@@ -89,7 +89,7 @@ class PruningPlan:
 
     def kept(self, name: str) -> Tensor:
         """Indices of the kept units of a group."""
-        return torch.tensor(self.groups[name].kept)
+        return torch.tensor(self.groups[name].kept, dtype=torch.long)
 
     def check_fits(self, groups: Iterable[PrunableGroup]) -> None:
         """Raises NumpruneError if the plan was made for a model of another shape."""
@@ -193,7 +193,7 @@ def _group_plan(group: PrunableGroup, scores: Tensor, kept: Tensor) -> GroupPlan
         units=group.units,
         kept=tuple(kept.tolist()),
         unit_parameters=group.unit_parameters,
-        lowest_kept=scores[kept].min().item(),
+        lowest_kept=scores[kept].min().item() if len(kept) else None,
         highest_removed=scores[removed].max().item() if removed.any() else None,
     )
 
@@ -211,9 +211,9 @@ def _to_ranges(indices: Sequence[int]) -> str:
 
 def _from_ranges(text: str, units: int) -> tuple[int, ...]:
     indices: list[int] = []
-    for part in text.split(","):
+    for part in text.split(",") if text else []:
         first, _, last = part.partition("-")
         indices.extend(range(int(first), int(last or first) + 1))
-    if indices != sorted(set(indices)) or not indices or indices[-1] >= units:
+    if indices != sorted(set(indices)) or (text and not indices) or max(indices, default=-1) >= units:
         raise ValueError(f"kept units must ascend within [0, {units}), got {text!r}")
     return tuple(indices)

@@ -19,7 +19,7 @@ from numprune.errors import NumpruneError
 from numprune.newton import newton_direction
 from numprune.plan import PruningPlan
 from numprune.recovery import Recovery, Streams
-from numprune.slicing import slice_block
+from numprune.slicing import Compensation, slice_block
 from numprune.statistics import BlockStatistics
 from numprune.threshold import Threshold
 
@@ -75,8 +75,8 @@ def score_directions(
     The direction of a unit is the mean over its channels. Inputs are scaled to a Frobenius norm of 1, as in the paper;
     it matters for a finite penalty alone.
     """
-    for block, groups in zip(decoder_blocks(model), prunable_groups(model), strict=True):
-        moments = BlockStatistics.load(statistics, groups[0].block).moments
+    for index, (block, groups) in enumerate(zip(decoder_blocks(model), prunable_groups(model), strict=True)):
+        moments = BlockStatistics.load(statistics, index).moments
         for group in groups:
             weight = linear(block, group.consumer).weight.to(device or model.device)
             gram = moments[group.name].gram.to(weight.device, torch.float64)
@@ -126,8 +126,9 @@ def apply_plan(
         model: The dense model that the plan was made for.
         plan: What stays.
         measured: What recovery draws on; None slices without any.
-        recovery: `none`, `least_squares` (the paper's compensation, each projection by itself), `sequential` (each
-            makes up for what went wrong before it) or `refit` (sequential, and the producers are refitted as well).
+        recovery: `none`, `bias` (the projections add what the pruned units give on average), `least_squares` (the
+            paper's compensation, each projection by itself), `sequential` (each makes up for what went wrong before
+            it) or `refit` (sequential, and the producers are refitted as well).
         damping: Of the compensation.
         device: Where blocks and equations are computed; by default where the model is.
 
@@ -138,6 +139,9 @@ def apply_plan(
     home = model.device
     place = torch.device(device or home)
     measured = None if recovery == "none" else measured
+    compensation: Compensation = "none"
+    if measured:
+        compensation = "bias" if recovery == "bias" else "least_squares"
     streams = None
     if measured and recovery in {"sequential", "refit"}:
         streams = Streams(model, measured.input_ids, batch_size=measured.batch_size, device=place)
@@ -147,7 +151,7 @@ def apply_plan(
         dense = blocks[index].to(place)
         pruned = deepcopy(dense) if streams else dense
         moments = BlockStatistics.load(measured.statistics, index).moments if measured else None
-        slice_block(pruned, groups, kept, moments, damping)
+        slice_block(pruned, groups, kept, compensation=compensation, moments=moments, damping=damping)
         if streams:
             streams.recover(dense, pruned, groups, kept, refit=recovery == "refit")
         blocks[index] = pruned.to(home)

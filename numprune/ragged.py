@@ -1,13 +1,16 @@
 """Models whose layers differ in width: what a pruned checkpoint needs to load.
 
-This file is shipped beside the weights of every pruned checkpoint and depends on nothing but transformers. Layer sizes
-come from `per_layer_config` in `config.json`; everything else is the stock model of the family.
+This file is shipped beside the weights of every pruned checkpoint and depends on nothing but torch and transformers.
+Layer sizes come from `per_layer_config` in `config.json`; where one is 0 the whole module is absent. `consumer_bias` gives
+all output projections a bias. Everything else is the stock model of the family.
 """
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import (
+    Cache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -21,7 +24,47 @@ from transformers import (
 )
 
 
+class AbsentAttention(nn.Module):
+    """Stands where a block has no attention: adds nothing to the hidden states, but counts tokens in the cache.
+
+    Attributes:
+        layer_idx: Index of the block.
+        head_dim: Channels of a head in the other blocks.
+    """
+
+    is_absent = True
+
+    def __init__(self, layer_idx: int, head_dim: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = head_dim
+
+    def forward(
+        self, hidden_states: Tensor, past_key_values: Cache | None = None, **_kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Gives zeros, and no attention weights."""
+        if past_key_values is not None:
+            # Positions and masks come from the length of one layer's cache, which may be this one's. A growing cache
+            # takes keys without elements for no keys at all; a static one has the heads of the configuration, none.
+            heads, channels = (0, self.head_dim) if past_key_values.is_compileable else (1, 1)
+            states = hidden_states.new_zeros(len(hidden_states), heads, hidden_states.shape[1], channels)
+            past_key_values.update(states, states, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
+
+
+class AbsentMLP(nn.Module):
+    """Stands where a block has no MLP: adds nothing to the hidden states."""
+
+    is_absent = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Gives zeros."""
+        return torch.zeros_like(hidden_states)
+
+
 class _RaggedConfig(PreTrainedConfig):
+    consumer_bias: bool = False
+
     def validate_architecture(self) -> None:
         """Lets layers have head counts that do not divide the hidden size: `head_dim` is given."""
 
@@ -64,24 +107,39 @@ class _RaggedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         config.per_layer_config = widths
         for block, layer in zip(self.get_decoder().layers, config.per_layer_config, strict=True):
-            attention, mlp = block.self_attn, block.mlp
-            queries = layer.num_attention_heads * attention.head_dim
-            keys = layer.num_key_value_heads * attention.head_dim
-            attention.q_proj = _resized(attention.q_proj, outputs=queries)
-            attention.k_proj = _resized(attention.k_proj, outputs=keys)
-            attention.v_proj = _resized(attention.v_proj, outputs=keys)
-            attention.o_proj = _resized(attention.o_proj, inputs=queries)
-            attention.num_key_value_groups = layer.num_attention_heads // layer.num_key_value_heads
-            mlp.gate_proj = _resized(mlp.gate_proj, outputs=layer.intermediate_size)
-            mlp.up_proj = _resized(mlp.up_proj, outputs=layer.intermediate_size)
-            mlp.down_proj = _resized(mlp.down_proj, inputs=layer.intermediate_size)
+            if layer.num_attention_heads:
+                _resize_attention(block.self_attn, layer)
+            else:
+                block.self_attn = AbsentAttention(block.self_attn.layer_idx, block.self_attn.head_dim)
+            if layer.intermediate_size:
+                _resize_mlp(block.mlp, layer)
+            else:
+                block.mlp = AbsentMLP()
 
 
-def _resized(layer: nn.Linear, *, inputs: int | None = None, outputs: int | None = None) -> nn.Linear:
+def _resize_attention(attention: Any, layer: Any) -> None:
+    queries = layer.num_attention_heads * attention.head_dim
+    keys = layer.num_key_value_heads * attention.head_dim
+    attention.q_proj = _resized(attention.q_proj, outputs=queries)
+    attention.k_proj = _resized(attention.k_proj, outputs=keys)
+    attention.v_proj = _resized(attention.v_proj, outputs=keys)
+    attention.o_proj = _resized(attention.o_proj, inputs=queries, bias=layer.consumer_bias)
+    attention.num_key_value_groups = layer.num_attention_heads // layer.num_key_value_heads
+
+
+def _resize_mlp(mlp: Any, layer: Any) -> None:
+    mlp.gate_proj = _resized(mlp.gate_proj, outputs=layer.intermediate_size)
+    mlp.up_proj = _resized(mlp.up_proj, outputs=layer.intermediate_size)
+    mlp.down_proj = _resized(mlp.down_proj, inputs=layer.intermediate_size, bias=layer.consumer_bias)
+
+
+def _resized(
+    layer: nn.Linear, *, inputs: int | None = None, outputs: int | None = None, bias: bool = False
+) -> nn.Linear:
     return nn.Linear(
         inputs or layer.in_features,
         outputs or layer.out_features,
-        bias=layer.bias is not None,
+        bias=bias or layer.bias is not None,
         device=layer.weight.device,
         dtype=layer.weight.dtype,
     )

@@ -28,7 +28,7 @@ from numprune.capture import enter
 from numprune.cholesky import damped_cholesky
 from numprune.slicing import channel_indices
 
-Recovery = Literal["none", "least_squares", "sequential", "refit"]
+Recovery = Literal["none", "bias", "least_squares", "sequential", "refit"]
 
 # A mild pull: it decides where the calibration tokens leave the weight undetermined.
 RIDGE = 1e-2
@@ -70,6 +70,7 @@ class Streams:
         self._dense, self._arguments = enter(model, input_ids.split(batch_size), device)
         self._pruned = list(self._dense)
         self._ridge = ridge
+        self._index = 0
 
     @torch.no_grad()
     def recover(
@@ -83,28 +84,33 @@ class Streams:
     ) -> None:
         """Refits a pruned block in place, then carries both streams through it.
 
+        Where all of a group is gone there is nothing to refit; the next group makes up for that too.
+
         Args:
-            block: The dense block.
+            block: The dense block; blocks come in order.
             pruned: The same block, sliced.
             groups: The block's groups, in the order in which their outputs join the residual stream.
             kept: Indices of the units that stayed, by the group's name.
             refit: Whether the producers are refitted too.
         """
-        index = groups[0].block
         seen = [self._dense_pass(block, groups, states) for states in self._dense]
         for position, group in enumerate(groups):
+            if not len(kept[group.name]):
+                continue
             if refit:
                 inputs = [batch.inputs[position] for batch in seen]
                 self._refit_producers(block, pruned, group, kept[group.name], inputs)
-            self._refit_consumer(pruned, groups[: position + 1], seen)
+            before = [g for g in groups[:position] if len(kept[g.name])]
+            self._refit_consumer(pruned, group, before, [batch.aims[position] for batch in seen])
         self._dense = [batch.after for batch in seen]
-        self._pruned = [pruned(states, **self._of(states, index)) for states in self._pruned]
+        self._pruned = [pruned(states, **self._of(states, self._index)) for states in self._pruned]
+        self._index += 1
 
     def _dense_pass(self, block: nn.Module, groups: Sequence[PrunableGroup], states: Tensor) -> "_Dense":
         inputs = [group.producers[0].path for group in groups]
         outputs = [group.consumer for group in groups]
         with _watching(block, [*inputs, *outputs]) as seen:
-            after = block(states, **self._of(states, groups[0].block))
+            after = block(states, **self._of(states, self._index))
         aims, reached = [], states
         for path in outputs:
             reached = reached + seen[path].output
@@ -127,15 +133,16 @@ class Streams:
             solved = torch.cholesky_solve((wanted @ regression.cross + gamma * wanted).T, factor).T
             layer.weight.copy_(solved)
 
-    def _refit_consumer(self, pruned: nn.Module, groups: Sequence[PrunableGroup], seen: "Sequence[_Dense]") -> None:
-        """Refits the consumer of the last group; those of the groups before it have joined the streams already."""
-        *before, group = groups
+    def _refit_consumer(
+        self, pruned: nn.Module, group: PrunableGroup, before: Sequence[PrunableGroup], aims: Sequence[Tensor]
+    ) -> None:
+        """Refits a group's consumer; those of the groups before it have joined the streams already."""
         layer = linear(pruned, group.consumer)
         regression = _Regression(layer.in_features, layer.out_features, layer.weight.device)
         paths = [g.consumer for g in before]
-        for states, dense in zip(self._pruned, seen, strict=True):
+        for states, aim in zip(self._pruned, aims, strict=True):
             inputs, outputs = _run_until(pruned, group.consumer, states, self._of(states, group.block), paths)
-            wanted = dense.aims[len(before)] - states - sum(outputs)
+            wanted = aim - states - sum(outputs)
             regression.add(inputs, wanted if layer.bias is None else wanted - layer.bias)
         factor, gamma = regression.factor(self._ridge, f"block {group.block}, {group.consumer}")
         solved = torch.cholesky_solve((regression.cross + gamma * layer.weight.double()).T, factor).T

@@ -82,7 +82,7 @@ class Recipe(_Section):
     threshold: Literal["parameters", "literal"] = Field(
         default="parameters", description="parameters: stop at the share of parameters; literal: Eq. 8 as printed."
     )
-    recovery: Literal["none", "least_squares", "sequential", "refit"] = Field(
+    recovery: Literal["none", "bias", "least_squares", "sequential", "refit"] = Field(
         default="least_squares",
         description="How kept weights make up for pruned ones, see docs/method.md; least_squares is the paper's.",
     )

@@ -2,8 +2,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MixtralConfig, T5Config
 
-from numprune.architectures import check_supported, linear, prunable_groups
+from numprune.architectures import check_supported, head_dim, layer_widths, linear, prunable_groups
 from numprune.errors import NumpruneError
+from numprune.slicing import slice_block
 
 
 def test_groups_cover_the_blocks_exactly(model):
@@ -21,6 +22,20 @@ def test_key_value_heads_are_the_attention_units(model):
     assert attention.units == model.config.num_key_value_heads
     assert attention.units * attention.channels == model.config.num_attention_heads * model.config.head_dim
     assert (mlp.units, mlp.channels) == (model.config.intermediate_size, 1)
+
+
+def test_absent_modules_are_no_groups_and_have_no_width(model):
+    blocks, size = prunable_groups(model), head_dim(model)
+    nothing = torch.tensor([], dtype=torch.long)
+    slice_block(model.model.layers[0], blocks[0], {"0.attention": nothing, "0.mlp": torch.arange(7)})
+    slice_block(model.model.layers[1], blocks[1], {"1.attention": torch.arange(2), "1.mlp": nothing})
+    slice_block(model.model.layers[2], blocks[2], {"2.attention": nothing, "2.mlp": nothing})
+    assert [[group.name for group in groups] for groups in prunable_groups(model)] == [["0.mlp"], ["1.attention"], []]
+    first, second, third = layer_widths(model)
+    assert first == {"num_attention_heads": 0, "num_key_value_heads": 0, "intermediate_size": 7}
+    assert (second["num_key_value_heads"], second["intermediate_size"]) == (2, 0)
+    assert set(third.values()) == {0}
+    assert head_dim(model) == size
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import torch
 from numprune.architectures import linear, prunable_groups
 from numprune.capture import capture
 from numprune.errors import NumpruneError
+from numprune.slicing import slice_block
 from numprune.statistics import BlockStatistics
 
 
@@ -57,6 +58,16 @@ def test_nothing_is_computed_before_it_is_asked_for(llama, input_ids):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
     next(capture(llama, input_ids, batch_size=6))
     assert ran == [0, 0]
+
+
+def test_blocks_without_groups_are_passed(llama, input_ids, tmp_path):
+    groups = prunable_groups(llama)[1]
+    nothing = torch.tensor([], dtype=torch.long)
+    slice_block(llama.model.layers[1], groups, {group.name: nothing for group in groups})
+    statistics = list(capture(llama, input_ids))
+    assert [len(s.moments) for s in statistics] == [2, 0, 2]
+    statistics[1].save(tmp_path)
+    assert BlockStatistics.load(tmp_path, 1) == statistics[1]
 
 
 def test_overflow_names_the_block(llama, input_ids):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numprune.compensation import compensate
+from numprune.compensation import bias_compensation, compensate
 
 
 def paper_update(x: np.ndarray, w: np.ndarray, pruned: np.ndarray) -> tuple[np.ndarray, float]:
@@ -87,3 +87,32 @@ def test_keeping_all_changes_nothing():
 def test_bad_keep(keep, message):
     with pytest.raises(ValueError, match=message):
         compensate(torch.eye(3), torch.ones(2, 3), keep)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1), channels=st.integers(2, 20), outputs=st.integers(1, 8), data=st.data())
+def test_bias_equals_the_mean_over_tokens(seed, channels, outputs, data):
+    generator = np.random.default_rng(seed)
+    x, w = generator.normal(size=(30, channels)) + 1, generator.normal(size=(channels, outputs))
+    kept = np.sort(generator.permutation(channels)[: data.draw(st.integers(1, channels))])
+    pruned = np.setdiff1d(np.arange(channels), kept)
+    expected = (x[:, pruned] @ w[pruned]).mean(0)
+    result = bias_compensation(torch.tensor(x.mean(0)), torch.tensor(w.T), torch.tensor(kept))
+    np.testing.assert_allclose(result.numpy(), expected, atol=1e-12)
+
+
+def test_bias_has_the_weights_type_and_loses_nothing_before():
+    """Large terms of opposite sign cancel, which sums in half precision do not survive."""
+    mean, weight = torch.tensor([1000.0, 1000.0, 0.25, 7.0]), torch.tensor([[1.0, -1.0, 1.0, 3.0]]).bfloat16()
+    mask = torch.tensor([False, False, False, True])
+    result = bias_compensation(mean, weight, mask)
+    assert result.dtype == torch.bfloat16
+    assert result.tolist() == [0.25]
+    assert torch.equal(bias_compensation(mean, weight, torch.tensor([3])), result)
+
+
+def test_bias_refuses_a_mean_of_another_size():
+    with pytest.raises(ValueError, match=r"mean must be \(3,\)"):
+        bias_compensation(torch.ones(4), torch.ones(2, 3), torch.tensor([0]))
+    with pytest.raises(ValueError, match="keep is empty"):
+        bias_compensation(torch.ones(3), torch.ones(2, 3), torch.tensor([], dtype=torch.long))

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,7 +44,21 @@ def test_the_file_says_what_a_reader_asks(plan, tmp_path):
         assert group["highest_removed"] is None or group["highest_removed"] <= content["threshold"]
 
 
-@given(st.sets(st.integers(0, 99), min_size=1))
+def test_a_group_may_keep_nothing(plan, tmp_path):
+    gone = replace(plan.groups["1.mlp"], kept=(), lowest_kept=None)
+    without = replace(plan, groups={**plan.groups, "1.mlp": gone})
+    path = tmp_path / "plan.json"
+    without.save(path)
+    written = json.loads(path.read_text(encoding="utf-8"))["groups"]["1.mlp"]
+    assert (written["kept"], written["kept_units"], written["lowest_kept"]) == ("", 0, None)
+    loaded = PruningPlan.load(path)
+    assert loaded.groups == without.groups
+    assert loaded.kept("1.mlp").dtype == torch.long
+    removed = len(plan.groups["1.mlp"].kept) * gone.unit_parameters
+    assert plan.kept_parameters - loaded.kept_parameters == removed
+
+
+@given(st.sets(st.integers(0, 99)))
 def test_ranges_are_lossless(indices):
     ascending = sorted(indices)
     assert _from_ranges(_to_ranges(ascending), 100) == tuple(ascending)
@@ -75,7 +90,7 @@ def test_a_damaged_file_is_refused(plan, tmp_path, change, message):
         PruningPlan.load(path)
 
 
-@pytest.mark.parametrize("kept", ["", "3-1", "0,0", "0-40", "a", "2,1"])
+@pytest.mark.parametrize("kept", ["3-1", "0,0", "0-40", "a", "2,1", "1,"])
 def test_kept_units_must_be_ascending_and_in_range(kept):
     with pytest.raises(ValueError, match=r"kept units|invalid literal"):
         _from_ranges(kept, 40)

@@ -1,12 +1,22 @@
 import copy
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from numprune.architectures import linear, prunable_groups
 from numprune.plan import Source, make_plan
-from numprune.pruning import Measured, Recipe, apply_plan, capture_to, score_directions, scores_at
-from numprune.recovery import RIDGE, Streams
+from numprune.pruning import (
+    Measured,
+    Recipe,
+    apply_plan,
+    capture_to,
+    prunable_parameters,
+    score_directions,
+    scores_at,
+)
+from numprune.recovery import RIDGE, Recovery, Streams
 from numprune.slicing import channel_indices, slice_block
 
 SOURCE = Source("test", None, "", "")
@@ -46,10 +56,13 @@ def ridge_regression(inputs, targets, start):
     return torch.linalg.lstsq(rows, wanted).solution.T
 
 
-def test_first_blocks_equations_are_solved(model, plan, input_ids):
-    """Attention and MLP of the first block against least squares on whole matrices."""
+@pytest.mark.parametrize("gone", [None, "0.attention", "0.mlp"])
+def test_first_blocks_equations_are_solved(model, plan, input_ids, gone):
+    """Attention and MLP of the first block against least squares on whole matrices, also where one is absent."""
     block, groups = model.model.layers[0], prunable_groups(model)[0]
     kept = {group.name: plan.kept(group.name) for group in groups}
+    if gone:
+        kept[gone] = torch.tensor([], dtype=torch.long)
     streams = Streams(model, input_ids, batch_size=len(input_ids), device=torch.device("cpu"))
     (states,), arguments = streams._dense, streams._arguments[len(input_ids)][0]
     pruned = copy.deepcopy(block)
@@ -60,9 +73,10 @@ def test_first_blocks_equations_are_solved(model, plan, input_ids):
     expected, after = copy.deepcopy(start), {"dense": states.flatten(0, -2).double()}
     after["pruned"] = after["dense"]
     for group in groups:
-        dense = observed(block, group.consumer, states, arguments)
+        after["dense"] = after["dense"] + observed(block, group.consumer, states, arguments)["output"]
+        if group.name == gone:
+            continue
         cut = observed(expected, group.consumer, states, arguments)
-        after["dense"] = after["dense"] + dense["output"]
         layer = linear(expected, group.consumer)
         bias = 0 if layer.bias is None else layer.bias.detach().double()
         target = after["dense"] - after["pruned"] - bias
@@ -71,6 +85,7 @@ def test_first_blocks_equations_are_solved(model, plan, input_ids):
             layer.weight.copy_(weight)
         after["pruned"] = after["pruned"] + cut["input"] @ weight.T + bias
         torch.testing.assert_close(linear(pruned, group.consumer).weight, layer.weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(streams._pruned[0].flatten(0, -2).double(), after["pruned"], rtol=1e-3, atol=1e-3)
 
 
 def test_producers_are_fitted_to_the_kept_rows(model, plan, input_ids):
@@ -92,13 +107,31 @@ def test_each_recovery_brings_the_hidden_states_nearer(model, plan, measured, in
     errors = {}
     with torch.no_grad():
         dense = model.model(input_ids).last_hidden_state
-        for recovery in ("none", "least_squares", "sequential", "refit"):
+        for recovery in get_args(Recovery):
             pruned = copy.deepcopy(model)
             list(apply_plan(pruned, plan, measured, recovery=recovery))
             errors[recovery] = (pruned.model(input_ids).last_hidden_state - dense).norm().item()
+    assert errors["bias"] < errors["none"]
     assert errors["least_squares"] < errors["none"]
     assert errors["sequential"] < errors["least_squares"]
     assert errors["refit"] < 1.02 * errors["sequential"]
+
+
+@pytest.mark.parametrize("recovery", get_args(Recovery))
+def test_whole_modules_may_go(model, plan, measured, input_ids, recovery):
+    """All of one block, one module of the others, and what is left once more."""
+    names = ("0.attention", "1.attention", "1.mlp", "2.mlp")
+    gone = {name: replace(plan.groups[name], kept=(), lowest_kept=None) for name in names}
+    list(apply_plan(model, replace(plan, groups={**plan.groups, **gone}), measured, recovery=recovery))
+    left = [group for block in prunable_groups(model) for group in block]
+    assert [group.name for group in left] == ["0.mlp", "2.attention"]
+
+    list(capture_to(measured.statistics, model, input_ids, batch_size=5))
+    directions = dict(score_directions(model, measured.statistics, Recipe()))
+    again = make_plan(left, scores_at(directions, 0.3), 0.3, source=SOURCE, recipe={})
+    list(apply_plan(model, again, measured, recovery=recovery))
+    assert prunable_parameters(model) == again.kept_parameters < again.dense_parameters
+    assert torch.isfinite(model(input_ids).logits).all()
 
 
 def test_shapes_are_those_of_the_plan_and_the_model_generates(model, plan, measured, input_ids):
