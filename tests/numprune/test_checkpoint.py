@@ -2,6 +2,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,20 +17,28 @@ from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan, Source, make_plan
 from numprune.pruning import Measured, Recipe, apply_plan, capture_to, score_directions, scores_at
 from numprune.samples import load_samples
+from numprune.slicing import add_bias
 from tests.numprune.conftest import CONFIGS
 
 INPUT_IDS = torch.randint(300, (12, 24), generator=torch.Generator().manual_seed(1))
 
 
-def pruned(folder, statistics, ratio=0.4):
-    """A model pruned by the library's steps, and its plan."""
+# The first block's attention, the second block's MLP and all of the third.
+DEPTH = ("0.attention", "1.mlp", "2.attention", "2.mlp")
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
+
+
+def pruned(folder, statistics, ratio=0.4, gone=(), recovery="least_squares"):
+    """A model pruned by the library's steps and, where they are named, of whole modules; and its plan."""
     model = load_model(folder)
     list(capture_to(statistics, model, INPUT_IDS, batch_size=4))
     directions = dict(score_directions(model, statistics, Recipe()))
     groups = [group for block in prunable_groups(model) for group in block]
     source = Source(str(folder), None, fingerprint(folder), "none")
     plan = make_plan(groups, scores_at(directions, ratio), ratio, source=source, recipe={})
-    list(apply_plan(model, plan, Measured(statistics, INPUT_IDS, batch_size=4)))
+    removed = {name: replace(plan.groups[name], kept=(), lowest_kept=None) for name in gone}
+    plan = replace(plan, groups={**plan.groups, **removed})
+    list(apply_plan(model, plan, Measured(statistics, INPUT_IDS, batch_size=4), recovery=recovery))
     return model, plan
 
 
@@ -41,6 +50,15 @@ def saved(make_checkpoint, tmp_path):
     return model, tmp_path / "pruned"
 
 
+@pytest.fixture
+def saved_depth(make_checkpoint, tmp_path):
+    """With absent modules and biases that the family does not know."""
+    dense = make_checkpoint()
+    model, plan = pruned(dense, tmp_path / "statistics", gone=DEPTH, recovery="bias")
+    save_pruned(model, dense, tmp_path / "depth", plan, INPUT_IDS)
+    return model, tmp_path / "depth"
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_comes_back_as_it_was(make_checkpoint, tmp_path, name, input_ids):
     dense = make_checkpoint(CONFIGS[name])
@@ -50,14 +68,62 @@ def test_every_family_comes_back_as_it_was(make_checkpoint, tmp_path, name, inpu
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits)
     assert loaded.num_parameters() == model.num_parameters() < load_model(dense).num_parameters()
-    settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
-    expected = model.generate(input_ids[:3], use_cache=False, **settings)
-    assert torch.equal(loaded.generate(input_ids[:3], **settings), expected)
-    assert torch.equal(loaded.generate(input_ids[:3], cache_implementation="static", **settings), expected)
+    expected = model.generate(input_ids[:3], use_cache=False, **GREEDY)
+    assert torch.equal(loaded.generate(input_ids[:3], **GREEDY), expected)
+    assert torch.equal(loaded.generate(input_ids[:3], cache_implementation="static", **GREEDY), expected)
 
 
-def test_loads_where_numprune_is_not_installed(saved, input_ids):
-    model, folder = saved
+@pytest.mark.parametrize("recovery", ["least_squares", "bias"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_comes_back_without_whole_modules(make_checkpoint, tmp_path, name, recovery, input_ids):
+    dense = make_checkpoint(CONFIGS[name])
+    model, plan = pruned(dense, tmp_path / "statistics", gone=DEPTH, recovery=recovery)
+    save_pruned(model, dense, tmp_path / "pruned", plan, INPUT_IDS)
+    assert all(p.numel() for p in load_file(tmp_path / "pruned" / "model.safetensors").values())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert prunable_groups(loaded) == prunable_groups(model)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits)
+    mask = torch.ones_like(input_ids[:3])
+    mask[0, :5] = 0
+    expected = model.generate(input_ids[:3], attention_mask=mask, use_cache=False, **GREEDY)
+    for options in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(loaded.generate(input_ids[:3], attention_mask=mask, **GREEDY, **options), expected)
+
+
+def test_a_checkpoint_without_any_attention_generates(make_checkpoint, tmp_path, input_ids):
+    dense = make_checkpoint()
+    gone = [f"{block}.attention" for block in range(3)]
+    model, plan = pruned(dense, tmp_path / "statistics", gone=gone)
+    save_pruned(model, dense, tmp_path / "pruned", plan, INPUT_IDS)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    expected = model.generate(input_ids[:3], use_cache=False, **GREEDY)
+    assert torch.equal(loaded.generate(input_ids[:3], **GREEDY), expected)
+
+
+def test_all_consumers_get_a_bias_if_one_has_one(make_checkpoint, tmp_path, input_ids):
+    """Also those that the family gives none; a configuration that gives them anyway says nothing of it."""
+    dense = make_checkpoint()
+    model, plan = pruned(dense, tmp_path / "statistics", gone=["0.mlp"])
+    add_bias(model.model.layers[1].mlp.down_proj, torch.ones(32))
+    save_pruned(model, dense, tmp_path / "biased", plan, INPUT_IDS)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "biased")
+    assert loaded.config.consumer_bias
+    biases = {name: bias.abs().max().item() for name, bias in loaded.state_dict().items() if name.endswith("bias")}
+    expected = [f"{block}.self_attn.o_proj" for block in range(3)] + [f"{block}.mlp.down_proj" for block in (1, 2)]
+    assert biases == {f"model.layers.{path}.bias": float(path == "1.mlp.down_proj") for path in expected}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits)
+
+    stock = make_checkpoint(CONFIGS["llama-multi-head"], "stock")
+    model, plan = pruned(stock, tmp_path / "statistics", recovery="bias")
+    save_pruned(model, stock, tmp_path / "same", plan, INPUT_IDS)
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "same").config.consumer_bias
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved_depth"])
+def test_loads_where_numprune_is_not_installed(kind, input_ids, request):
+    model, folder = request.getfixturevalue(kind)
     script = f"""
 import sys
 sys.modules["numprune"] = None  # Importing it fails, as if it were not there.
@@ -106,11 +172,17 @@ def test_generation_settings_that_transformers_would_not_save_are_carried_over(m
     assert json.loads((tmp_path / "pruned" / "generation_config.json").read_text(encoding="utf-8")) == settings
 
 
-def test_a_pruned_model_can_be_pruned_again(saved, tmp_path):
-    once, folder = saved
-    twice, plan = pruned(folder, tmp_path / "again")
+@pytest.mark.parametrize("recovery", ["least_squares", "bias", "refit"])
+@pytest.mark.parametrize("kind", ["saved", "saved_depth"])
+def test_a_pruned_model_can_be_pruned_again(kind, recovery, tmp_path, input_ids, request):
+    once, folder = request.getfixturevalue(kind)
+    twice, plan = pruned(folder, tmp_path / "again", ratio=0.3, recovery=recovery)
     save_pruned(twice, folder, tmp_path / "twice", plan, INPUT_IDS)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "twice").num_parameters() < once.num_parameters()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    assert sum(g.parameters for gs in prunable_groups(loaded) for g in gs) == plan.kept_parameters
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids).logits, twice(input_ids).logits)
+    assert plan.kept_parameters < sum(g.parameters for gs in prunable_groups(once) for g in gs)
 
 
 def test_shards_are_read(make_checkpoint, input_ids):
