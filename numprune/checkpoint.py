@@ -227,7 +227,7 @@ def _as_ragged(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         pruned = model_class(config_class(**settings))
         if state.keys() - pruned.state_dict().keys():  # Biases that the family's own configuration does not give.
-            pruned = model_class(config_class(**settings, consumer_bias=True))
+            pruned = model_class(config_class(**settings | {"consumer_bias": True}))
     for name, bias in pruned.state_dict().items():
         if name.endswith(".bias") and name not in state:
             state[name] = torch.zeros(bias.shape, dtype=model.dtype, device=model.device)

@@ -96,9 +96,10 @@ def prune(
     recovery: Annotated[
         RecoveryName | None,
         typer.Option(
-            help="How the kept weights make up for the pruned ones, if not as in the recipe: none; bias, by their mean; "
-            "least_squares, each projection by itself; sequential, each also for what went wrong before it; refit, "
-            "sequential with the producers refitted. The last two run the calibration sequences several times more."
+            help="How the kept weights make up for the pruned ones, if not as in the recipe: none; bias, by the mean "
+            "of what is lost; least_squares, each projection by itself; sequential, each also for what went wrong "
+            "before it; refit, sequential with the producers refitted. The last two run the calibration sequences "
+            "several times more."
         ),
     ] = None,
     samples: Samples = DEFAULT_SAMPLES,

@@ -1,8 +1,8 @@
 """Models whose layers differ in width: what a pruned checkpoint needs to load.
 
 This file is shipped beside the weights of every pruned checkpoint and depends on nothing but torch and transformers.
-Layer sizes come from `per_layer_config` in `config.json`; where one is 0 the whole module is absent. `consumer_bias` gives
-all output projections a bias. Everything else is the stock model of the family.
+Layer sizes come from `per_layer_config` in `config.json`; where one is 0 the whole module is absent. `consumer_bias`
+gives all output projections a bias. Everything else is the stock model of the family.
 """
 
 from typing import Any

@@ -131,7 +131,9 @@ import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
 print(type(model).__module__.split(".")[0])
-print(model.generate(torch.tensor({input_ids[:1].tolist()}), do_sample=False, max_new_tokens=5)[0].tolist())
+input_ids = torch.tensor({input_ids[:1].tolist()})
+print(model.generate(input_ids, do_sample=False, max_new_tokens=5)[0].tolist())
+print(model(input_ids).logits.tolist())
 """
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split(
         "\n"
@@ -139,6 +141,8 @@ print(model.generate(torch.tensor({input_ids[:1].tolist()}), do_sample=False, ma
     assert printed[0] == "transformers_modules"
     expected = model.generate(input_ids[:1], do_sample=False, max_new_tokens=5)[0].tolist()
     assert json.loads(printed[1]) == expected
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(json.loads(printed[2])), model(input_ids[:1]).logits)
 
 
 def test_carries_tokenizer_plan_and_configuration(saved):

@@ -2,13 +2,19 @@ import json
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from numprune.architectures import KINDS, prunable_groups
 from numprune.calibration import evaluation_windows
+from numprune.cli import RecoveryName, _plan_table
 from numprune.perplexity import perplexity, window_losses
+from numprune.plan import Source, make_plan
+from numprune.recovery import Recovery
+from numprune.slicing import slice_block
 
 
 def numprune(*arguments):
@@ -59,11 +65,31 @@ def test_same_seed_same_bytes(pruning, tmp_path):
     assert outputs[0] == outputs[1]
 
 
-def test_recovery_can_be_chosen(pruning, tmp_path):
-    done = numprune("prune", *pruning, "--recovery", "refit")
+@pytest.mark.parametrize("recovery", ["bias", "refit"])
+def test_recovery_can_be_chosen(pruning, tmp_path, recovery):
+    done = numprune("prune", *pruning, "--recovery", recovery)
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "out" / "pruning_plan.json").read_text(encoding="utf-8"))
-    assert plan["recipe"]["recovery"] == "refit"
+    assert plan["recipe"]["recovery"] == recovery
+
+
+def test_every_recovery_has_a_name():
+    assert {name.value for name in RecoveryName} == set(get_args(Recovery))
+
+
+def test_the_table_leaves_out_what_a_model_does_not_have(llama):
+    groups = [group for block in prunable_groups(llama) for group in block]
+    scores = {group.name: torch.arange(float(group.units)) for group in groups}
+    for block, absent in ((0, ["attention"]), (2, ["attention", "mlp"])):
+        kept = {f"{block}.{kind}": torch.arange(0 if kind in absent else 40) for kind in KINDS}
+        slice_block(llama.model.layers[block], prunable_groups(llama)[block], kept)
+    left = [group for block in prunable_groups(llama) for group in block]
+    plan = make_plan(left, scores, 0.3, source=Source("test", None, "", ""), recipe={})
+    first, second, third = zip(*(column.cells for column in _plan_table(llama, plan).columns), strict=True)
+    assert first[:2] == ("0", "")
+    assert first[2].endswith("of 40")
+    assert all(second)
+    assert third == ("2", "", "", "")
 
 
 @pytest.mark.parametrize(

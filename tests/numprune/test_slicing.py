@@ -45,7 +45,7 @@ def zeroed(model, kept, smaller):
 
 
 @pytest.fixture
-def kept_depth(model, kept):
+def kept_depth(kept):
     """The first block's attention, the second block's MLP and all of the third are gone."""
     gone = torch.tensor([], dtype=torch.long)
     return kept | {"0.attention": gone, "1.mlp": gone, "2.attention": gone, "2.mlp": gone}

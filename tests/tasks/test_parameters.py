@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from numprune.errors import NumpruneError
-from tasks.parameters import load_parameters
+from numprune.recovery import Recovery
+from tasks.parameters import Recipe, load_parameters
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +24,10 @@ def load(content: Any, folder: Path) -> Any:
 
 def test_shipped_parameters_are_valid() -> None:
     assert load_parameters(ROOT / "params.yaml").models == ["reference-llama"]
+
+
+def test_every_recovery_can_be_set() -> None:
+    assert Recipe.model_fields["recovery"].annotation == Recovery
 
 
 def test_all_mistakes_are_reported_together(content: dict[str, Any], tmp_path: Path) -> None:
