@@ -49,6 +49,7 @@ class PrunableGroup:
         producers: The projections whose rows feed it.
         units: How many units the group has.
         channels: Consecutive input channels of the consumer that one unit owns.
+        width: What one unit adds to the layer's width as configurations count it: query heads, or channels.
         unit_parameters: Parameters that go with one unit, biases included.
     """
 
@@ -58,6 +59,7 @@ class PrunableGroup:
     producers: tuple[Producer, ...]
     units: int
     channels: int
+    width: int
     unit_parameters: int
 
     @property
@@ -156,16 +158,24 @@ def _attention_group(index: int, block: nn.Module) -> PrunableGroup:
         Producer("self_attn.k_proj", per_key),
         Producer("self_attn.v_proj", per_key),
     )
-    return _group(index, "attention", block, "self_attn.o_proj", channels=per_group, producers=producers)
+    heads = attention.num_key_value_groups
+    return _group(index, "attention", block, "self_attn.o_proj", channels=per_group, width=heads, producers=producers)
 
 
 def _mlp_group(index: int, block: nn.Module) -> PrunableGroup:
     producers = (Producer("mlp.gate_proj", 1), Producer("mlp.up_proj", 1))
-    return _group(index, "mlp", block, "mlp.down_proj", channels=1, producers=producers)
+    return _group(index, "mlp", block, "mlp.down_proj", channels=1, width=1, producers=producers)
 
 
 def _group(
-    index: int, kind: Kind, block: nn.Module, consumer: str, *, channels: int, producers: tuple[Producer, ...]
+    index: int,
+    kind: Kind,
+    block: nn.Module,
+    consumer: str,
+    *,
+    channels: int,
+    width: int,
+    producers: tuple[Producer, ...],
 ) -> PrunableGroup:
     output = linear(block, consumer)
     unit_parameters = output.out_features * channels
@@ -173,4 +183,4 @@ def _group(
         layer = linear(block, producer.path)
         unit_parameters += producer.rows * (layer.in_features + (layer.bias is not None))
     units = output.in_features // channels
-    return PrunableGroup(index, kind, consumer, producers, units, channels, unit_parameters)
+    return PrunableGroup(index, kind, consumer, producers, units, channels, width, unit_parameters)

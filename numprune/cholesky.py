@@ -15,6 +15,30 @@ _GROWTH = 10.0
 _SMALLEST_PIVOT = 1e-13
 
 
+def shrinkage(gram: Tensor, count: int) -> float:
+    """How much damping calibration moments need, from their spectrum and the tokens behind them.
+
+    The oracle approximating shrinkage of Chen, Wiesel, Eldar and Hero (2010), eq. 23: the weight with which a sample
+    covariance is best mixed with a multiple of the identity. With few tokens for its effective rank it is large, with
+    many it goes to zero.
+
+    Args:
+        gram: (D, D), the second moments X^T X of `count` rows.
+        count: Tokens seen, at least 1.
+
+    Returns:
+        Damping relative to the mean diagonal.
+    """
+    size = len(gram)
+    squares = gram.double().square().sum().item()
+    square = gram.diagonal().double().sum().item() ** 2
+    spread = squares - square / size  # Of the eigenvalues about their mean; zero for a multiple of the identity.
+    if spread <= 0:
+        return 0.0
+    weight = ((1 - 2 / size) * squares + square) / ((count + 1 - 2 / size) * spread)
+    return weight / (1 - weight) if weight < 1 else math.inf
+
+
 def damped_cholesky(matrix: Tensor, damping: float, *, subject: str) -> tuple[Tensor, float]:
     """Factors a symmetric positive semi-definite matrix, adding to its diagonal what that takes.
 

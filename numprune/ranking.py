@@ -1,15 +1,15 @@
 """In which order the units of a group go: the selection."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from numprune.architectures import PrunableGroup
+from numprune.architectures import KINDS, PrunableGroup
 from numprune.baselines import Baseline, baseline_score, standardised
 from numprune.box import box_score
 from numprune.files import replace_on_success
@@ -86,8 +86,9 @@ def rank(
     elif selection == "box":
         channel_scores = box_score(scaled, weight, ratio, penalty=penalty, damping=damping, subject=subject)
     else:
-        # A seed for each group, so that a group's draw does not depend on which were ranked before it.
-        generator = torch.Generator().manual_seed(hash((seed, group.block, group.kind == "mlp")) % 2**63)
+        # A stream for each group, so that a group's draw does not depend on which were ranked before it.
+        stream = len(KINDS) * group.block + KINDS.index(group.kind)
+        generator = torch.Generator().manual_seed((seed << 20) + stream)
         channel_scores = baseline_score(selection, moments, weight, generator=generator)
     scores = channel_scores.view(group.units, group.channels).mean(dim=1)
     if selection == "flap":
@@ -97,3 +98,24 @@ def rank(
     if with_losses:
         losses = loss_curve(gram, weight, order, channels=group.channels, damping=damping, subject=subject).cpu()
     return Ranking(scores.cpu(), order.cpu(), losses)
+
+
+def save_rankings(rankings: Mapping[str, Ranking], path: Path) -> None:
+    """Writes rankings, by their groups' names, as safetensors."""
+    tensors = {
+        f"{name}.{part}": getattr(ranking, part)
+        for name, ranking in rankings.items()
+        for part in (field.name for field in fields(Ranking))
+        if getattr(ranking, part) is not None
+    }
+    with replace_on_success(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_rankings(path: Path) -> dict[str, Ranking]:
+    """Reads rankings by their groups' names."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        name, _, part = key.rpartition(".")
+        parts.setdefault(name, {})[part] = tensor
+    return {name: Ranking(**tensors) for name, tensors in parts.items()}
