@@ -38,13 +38,11 @@ def newton_direction(
     Raises:
         ValueError: If shapes do not fit or an argument is out of range.
     """
-    _check(gram, weight)
+    matrix = curvature(gram, weight)
     if not penalty > 0:
         raise ValueError(f"penalty must be above 0, got {penalty}")
     channels = weight.shape[1]
-    weight = weight.double()
-    curvature = (weight.T @ weight).mul_(gram)
-    factor, used = damped_cholesky(curvature, damping, subject=subject)
+    factor, used = damped_cholesky(matrix, damping, subject=subject)
     ones = torch.ones(channels, 1, dtype=torch.float64, device=weight.device)
     u = torch.cholesky_solve(ones, factor).squeeze(1)
     # 1/lambda + s instead of (1 + lambda s)/lambda: it holds at infinity too.
@@ -75,8 +73,22 @@ def numerical_score(
     return 1 - ratio * direction
 
 
-def _check(gram: Tensor, weight: Tensor) -> None:
+def curvature(gram: Tensor, weight: Tensor) -> Tensor:
+    """The curvature A of the output error in the mask, without the penalty's share.
+
+    Args:
+        gram: (D, D), the second moments X^T X of the projection's input.
+        weight: (D_out, D), as `nn.Linear` stores it.
+
+    Returns:
+        (D, D) float64, (W W^T) o (X^T X), a new tensor.
+
+    Raises:
+        ValueError: If shapes do not fit.
+    """
     if weight.ndim != 2:
         raise ValueError(f"weight must be (D_out, D), got {tuple(weight.shape)}")
     if gram.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"gram must be {(weight.shape[1],) * 2} to fit the weight, got {tuple(gram.shape)}")
+    weight = weight.double()
+    return (weight.T @ weight).mul_(gram)
