@@ -7,8 +7,9 @@ paper's global threshold on parameters; with `loss_aware` it is the rise of the 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -97,8 +98,8 @@ def allocate(
     if most < amount * (1 - _ROUNDING):
         share = most / sum(group.units * costs[group.name] for group in groups)
         raise NumpruneError(
-            f"The budget cannot be met: {amount:.4g} must go, but the allowed shapes let at most {most:.4g} go, a share "
-            f"of {share:.3f}. Ask for less, or for coarser limits in the recipe's shapes."
+            f"The budget cannot be met: {amount:.4g} must go, but the recipe's shapes let at most {most:.4g} go, a "
+            f"share of {share:.3f}. Ask for less or loosen the shapes."
         )
     threshold = _walk(bundles, amount)
     return Allocated({group.name: bundle.removed for bundle in bundles for group in bundle.groups}, threshold)
@@ -142,7 +143,7 @@ class _Bundle:
         groups: Of equal size.
         options: Counts of units that may go, ascending from 0.
         unit_cost: Of one unit of every group.
-        prices: (a, b, price) of the hull's steps from option to option, by rising price.
+        steps: (a, b, price) of the hull's edges from option to option, by rising price.
         removed: The count that is gone.
     """
 
@@ -166,6 +167,11 @@ class _Bundle:
         potential = torch.stack([_potential(allocation, rankings[group.name], costs[group.name]) for group in groups])
         heights = (potential.sum(dim=0)[options] / cost).tolist()
         return cls(groups, options, cost, _hull_steps(options, heights))
+
+    def covering(self, cost: float) -> Iterator[tuple[int, float]]:
+        """The smallest option that saves so much more, if there is one, and the price there."""
+        enough = next((n for n in self.options if self.cost_of(n - self.removed) >= cost), None)
+        yield from ((enough, price) for a, b, price in self.steps if enough is not None and a < enough <= b)
 
     def cost_of(self, removed: int) -> float:
         """What removing so many units from each group saves."""
@@ -208,7 +214,7 @@ def _hull_steps(options: Sequence[int], heights: Sequence[float]) -> list[tuple[
         while len(hull) > 1 and slope(hull[-2], hull[-1]) > slope(hull[-1], point):
             hull.pop()
         hull.append(point)
-    return [(options[a], options[b], slope(a, b)) for a, b in zip(hull, hull[1:], strict=False)]
+    return [(options[a], options[b], slope(a, b)) for a, b in pairwise(hull)]
 
 
 def _walk(bundles: Sequence[_Bundle], amount: float) -> float:
@@ -225,12 +231,11 @@ def _walk(bundles: Sequence[_Bundle], amount: float) -> float:
             left -= bundle.cost_of(fitting[-1] - start)
             bundle.removed, threshold = fitting[-1], price
     if left > tolerance:
-        overshoots = []
-        for bundle in bundles:
-            enough = [n for n in bundle.options if bundle.cost_of(n - bundle.removed) >= left - tolerance]
-            for a, b, price in bundle.steps:
-                if enough and a < enough[0] <= b:
-                    overshoots.append((bundle.cost_of(enough[0] - bundle.removed), price, id(bundle), bundle, enough[0]))
-        _, price, _, bundle, bundle.removed = min(overshoots)
+        price, index, removed = min(
+            (bundle.cost_of(enough - bundle.removed), price, index, enough)
+            for index, bundle in enumerate(bundles)
+            for enough, price in bundle.covering(left - tolerance)
+        )[1:]
+        bundles[index].removed = removed
         threshold = max(threshold, price)
     return threshold

@@ -22,9 +22,8 @@ def baseline_score(
     - wanda_sp: the mean over outputs j of |W_ji| ||X_i||_2, Wanda (arXiv 2306.11695) made structured as in FLAP.
     - flap: var(X_i) ||W_i||_2^2 (arXiv 2312.11983), with the population variance over tokens.
 
-    FLAP compares layers after standardising the scores of each. That is not done here but by `standardised`, because
-    only the caller knows how channels join into heads. FLAP's own code standardises before it averages channels into
-    heads, and squares the scores of attention first.
+    FLAP compares layers by the scores that `standardised` makes of these. Its own code squares those of attention
+    first; that is left out here.
 
     Args:
         baseline: Which score.

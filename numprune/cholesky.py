@@ -13,6 +13,8 @@ _FIRST_DAMPING = 1e-8
 _GROWTH = 10.0
 # A squared pivot below this share of the mean diagonal is rounding, and what is solved with it is noise.
 _SMALLEST_PIVOT = 1e-13
+# Of moments from a handful of tokens no more than half gives way to the identity.
+_MOST_SHRINKAGE = 0.5
 
 
 def shrinkage(gram: Tensor, count: int) -> float:
@@ -27,7 +29,7 @@ def shrinkage(gram: Tensor, count: int) -> float:
         count: Tokens seen, at least 1.
 
     Returns:
-        Damping relative to the mean diagonal.
+        Damping relative to the mean diagonal, in [0, 1].
     """
     size = len(gram)
     squares = gram.double().square().sum().item()
@@ -35,8 +37,8 @@ def shrinkage(gram: Tensor, count: int) -> float:
     spread = squares - square / size  # Of the eigenvalues about their mean; zero for a multiple of the identity.
     if spread <= 0:
         return 0.0
-    weight = ((1 - 2 / size) * squares + square) / ((count + 1 - 2 / size) * spread)
-    return weight / (1 - weight) if weight < 1 else math.inf
+    weight = min(((1 - 2 / size) * squares + square) / ((count + 1 - 2 / size) * spread), _MOST_SHRINKAGE)
+    return weight / (1 - weight)
 
 
 def damped_cholesky(matrix: Tensor, damping: float, *, subject: str) -> tuple[Tensor, float]:

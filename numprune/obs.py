@@ -1,7 +1,7 @@
 """Removal in the Optimal Brain Surgeon sense: which units go first, and what their absence costs a projection.
 
-With G = X^T X of a projection's inputs, H = G + gamma I and W the weight in the orientation y = xW, removing the inputs P
-and letting the others take over their work at best costs
+With G = X^T X of a projection's inputs, H = G + gamma I and W the weight in the orientation y = xW, removing the inputs
+P and letting the others take over their work at best costs
 
     L(P) = tr(W_P^T [(H^-1)_PP]^-1 W_P),
 

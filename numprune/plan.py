@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from numprune.architectures import PrunableGroup
+from numprune.choice import Choice
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
-from numprune.threshold import Threshold, select_units
+from numprune.recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class PruningPlan:
     Attributes:
         source: Where the plan comes from.
         recipe: The settings behind it.
-        requested_ratio: Share of the units' parameters that was to go.
-        threshold: The highest score that was removed.
+        budget: What was asked for, as `numprune.budget` writes it: 0.2 for a share of the units' parameters.
+        threshold: The highest price that was paid, see `numprune.allocation`.
         groups: By the group's name.
     """
 
     source: Source
     recipe: Mapping[str, Any]
-    requested_ratio: float
+    budget: str
     threshold: float
     groups: Mapping[str, GroupPlan]
 
@@ -104,7 +105,7 @@ class PruningPlan:
             "format": FORMAT,
             "source": asdict(self.source),
             "recipe": {key: str(value) if value == math.inf else value for key, value in self.recipe.items()},
-            "requested_ratio": self.requested_ratio,
+            "budget": self.budget,
             "achieved_ratio": self.achieved_ratio,
             "parameters": {"dense": self.dense_parameters, "pruned": self.kept_parameters},
             "threshold": self.threshold,
@@ -147,7 +148,7 @@ class PruningPlan:
             return cls(
                 source=Source(**content["source"]),
                 recipe=content["recipe"],
-                requested_ratio=content["requested_ratio"],
+                budget=content["budget"],
                 threshold=content["threshold"],
                 groups=groups,
             )
@@ -158,44 +159,28 @@ class PruningPlan:
 
 
 def make_plan(
-    groups: Sequence[PrunableGroup],
-    scores: Mapping[str, Tensor],
-    ratio: float,
-    *,
-    source: Source,
-    recipe: Mapping[str, Any],
-    threshold: Threshold = "parameters",
+    groups: Sequence[PrunableGroup], choice: Choice, budget: str, *, source: Source, recipe: Recipe
 ) -> PruningPlan:
-    """Ranks the units of all layers together and decides which stay.
+    """The plan that a choice of units makes.
 
     Args:
-        groups: All prunable groups of the model.
-        scores: (units,) scores of every group, by its name.
-        ratio: Share of the units' parameters to remove, in (0, 1).
-        source: Where scores and model come from.
-        recipe: The settings behind the scores.
-        threshold: See `select_units`.
+        groups: All prunable groups of the dense model.
+        choice: What stays.
+        budget: What was asked for, as `numprune.budget` writes it.
+        source: Where model and calibration come from.
+        recipe: How units were chosen.
     """
-    selection = select_units(groups, scores, ratio, threshold=threshold)
-    return PruningPlan(
-        source=source,
-        recipe={**recipe, "threshold": threshold},
-        requested_ratio=ratio,
-        threshold=selection.threshold,
-        groups={group.name: _group_plan(group, scores[group.name], selection.kept[group.name]) for group in groups},
-    )
-
-
-def _group_plan(group: PrunableGroup, scores: Tensor, kept: Tensor) -> GroupPlan:
-    removed = torch.ones(group.units, dtype=torch.bool)
-    removed[kept] = False
-    return GroupPlan(
-        units=group.units,
-        kept=tuple(kept.tolist()),
-        unit_parameters=group.unit_parameters,
-        lowest_kept=scores[kept].min().item() if len(kept) else None,
-        highest_removed=scores[removed].max().item() if removed.any() else None,
-    )
+    planned = {
+        group.name: GroupPlan(
+            units=group.units,
+            kept=tuple(choice.kept[group.name].tolist()),
+            unit_parameters=group.unit_parameters,
+            lowest_kept=choice.lowest_kept[group.name],
+            highest_removed=choice.highest_removed[group.name],
+        )
+        for group in groups
+    }
+    return PruningPlan(source=source, recipe=asdict(recipe), budget=budget, threshold=choice.threshold, groups=planned)
 
 
 def _to_ranges(indices: Sequence[int]) -> str:

@@ -3,12 +3,24 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
 _SECONDS_BETWEEN_LINES = 2.0
+
+
+class Watch(Protocol):
+    """Something that items pass through, such as `track`."""
+
+    def __call__(self, items: Iterable[Item], total: int, title: str, /) -> Iterator[Item]:
+        """Passes items through."""
+
+
+def silent(items: Iterable[Item], _total: int, _title: str) -> Iterator[Item]:
+    """Passes items through and shows nothing."""
+    yield from items
 
 
 def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from numprune.architectures import KINDS, PrunableGroup
-from numprune.baselines import Baseline, baseline_score, standardised
+from numprune.baselines import baseline_score, standardised
 from numprune.box import box_score
 from numprune.files import replace_on_success
 from numprune.newton import newton_direction
@@ -72,9 +72,7 @@ def rank(
     subject = f"the calibration moments of {group.name}"
     if selection == "obs":
         at_once = max(1, group.units // _GREEDY_ROUNDS)
-        order = removal_order(
-            gram, weight, channels=group.channels, damping=damping, at_once=at_once, subject=subject
-        )
+        order = removal_order(gram, weight, channels=group.channels, damping=damping, at_once=at_once, subject=subject)
         losses = loss_curve(gram, weight, order, channels=group.channels, damping=damping, subject=subject)
         scores = torch.empty_like(losses[1:])
         scores[order] = losses[1:]
@@ -90,14 +88,14 @@ def rank(
         stream = len(KINDS) * group.block + KINDS.index(group.kind)
         generator = torch.Generator().manual_seed((seed << 20) + stream)
         channel_scores = baseline_score(selection, moments, weight, generator=generator)
+        if selection == "flap":
+            channel_scores = standardised(channel_scores)
     scores = channel_scores.view(group.units, group.channels).mean(dim=1)
-    if selection == "flap":
-        scores = standardised(scores)
     order = torch.argsort(scores, stable=True)
-    losses = None
-    if with_losses:
-        losses = loss_curve(gram, weight, order, channels=group.channels, damping=damping, subject=subject).cpu()
-    return Ranking(scores.cpu(), order.cpu(), losses)
+    if not with_losses:
+        return Ranking(scores.cpu(), order.cpu())
+    losses = loss_curve(gram, weight, order, channels=group.channels, damping=damping, subject=subject)
+    return Ranking(scores.cpu(), order.cpu(), losses.cpu())
 
 
 def save_rankings(rankings: Mapping[str, Ranking], path: Path) -> None:

@@ -106,6 +106,20 @@ class Streams:
         self._pruned = [pruned(states, **self._of(states, self._index)) for states in self._pruned]
         self._index += 1
 
+    @torch.no_grad()
+    def refit_last_norm(self, model: PreTrainedModel) -> None:
+        """Refits the weight of the norm after the last block: channel by channel the best factor, by least squares."""
+        decoder: Any = model.get_decoder()
+        norm = decoder.norm.to(self._dense[0].device)
+        products = squares = torch.zeros((), dtype=torch.float64)
+        for dense, cut in zip(self._dense, self._pruned, strict=True):
+            wanted, found = norm(dense).flatten(0, -2).double(), norm(cut).flatten(0, -2).double()
+            products = products + (wanted * found).sum(dim=0).cpu()
+            squares = squares + found.square().sum(dim=0).cpu()
+        factor = torch.where(squares > 0, products / squares, 1.0)
+        norm.weight = nn.Parameter((norm.weight * factor.to(norm.weight.device)).to(norm.weight.dtype))
+        norm.to(model.device)
+
     def _dense_pass(self, block: nn.Module, groups: Sequence[PrunableGroup], states: Tensor) -> "_Dense":
         inputs = [group.producers[0].path for group in groups]
         outputs = [group.consumer for group in groups]
@@ -154,7 +168,7 @@ class Streams:
 
 @dataclass(frozen=True)
 class _Dense:
-    """One batch in a dense block: what enters each group's producers, the stream after each group and after the block."""
+    """One batch in a dense block: what enters each group's producers; the stream after each group and the block."""
 
     inputs: list[Tensor]
     aims: list[Tensor]

@@ -6,6 +6,7 @@ given text it is never negative, and far less noisy for the same tokens.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,9 +102,7 @@ def rise_curve(losses: Tensor, measured: Mapping[int, float]) -> Tensor:
     factors = [max(measured[count], 0.0) / max(losses[count].item(), smallest) for count in counts]
     removed = torch.arange(len(losses), dtype=torch.float64)
     factor = torch.full_like(removed, factors[0])
-    for (a, b), (low, high) in zip(
-        zip(counts, counts[1:], strict=False), zip(factors, factors[1:], strict=False), strict=True
-    ):
+    for (a, b), (low, high) in zip(pairwise(counts), pairwise(factors), strict=True):
         share = ((removed - a) / (b - a)).clamp(0, 1)
         factor = torch.where(removed > a, low + share * (high - low), factor)
     return (losses * factor).cummax(0).values

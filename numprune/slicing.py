@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from numprune.architectures import PrunableGroup, linear
 from numprune.compensation import bias_compensation, compensate
 from numprune.ragged import AbsentAttention, AbsentMLP
-from numprune.statistics import Moments
+from numprune.statistics import Damping, Moments
 
 Compensation = Literal["none", "bias", "least_squares"]
 
@@ -22,7 +22,7 @@ def slice_block(
     *,
     compensation: Compensation = "none",
     moments: Mapping[str, Moments] | None = None,
-    damping: float = 0.0,
+    damping: Damping = 0.0,
 ) -> None:
     """Removes all units that are not kept from one decoder block, in place.
 
@@ -58,8 +58,9 @@ def slice_block(
         if moments is not None and compensation == "bias":
             add_bias(consumer, bias_compensation(moments[group.name].mean, consumer.weight, columns))
         elif moments is not None and compensation == "least_squares":
-            gram = moments[group.name].gram
-            weight = compensate(gram, consumer.weight, columns, damping, subject=f"G_KK of {group.name}")
+            measured = moments[group.name]
+            subject = f"G_KK of {group.name}"
+            weight = compensate(measured.gram, consumer.weight, columns, measured.damping(damping), subject=subject)
         _replace(consumer, weight, consumer.bias)
 
 

@@ -3,12 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from numprune.cholesky import shrinkage
 from numprune.files import replace_on_success
+
+Damping = float | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,10 @@ class Moments:
     gram: Tensor
     mean: Tensor
     count: int
+
+    def damping(self, setting: Damping) -> float:
+        """Damping relative to the mean diagonal: the setting, or with `auto` what `shrinkage` says."""
+        return shrinkage(self.gram, self.count) if setting == "auto" else setting
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,27 @@ class BlockStatistics:
                 for name, count in counts.items()
             }
         return cls(block, moments)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What ranking and recovery draw on.
+
+    Attributes:
+        statistics: Folder with the statistics of the dense model's blocks.
+        input_ids: (samples, length) calibration tokens.
+        batch_size: Samples that go through a block together.
+        device: Where blocks and equations are computed; None: where the model is.
+    """
+
+    statistics: Path
+    input_ids: Tensor
+    batch_size: int = 8
+    device: torch.device | None = None
+
+    def block(self, index: int) -> BlockStatistics:
+        """The statistics of one block."""
+        return BlockStatistics.load(self.statistics, index)
 
 
 def _path(folder: Path, block: int) -> Path:

@@ -1,0 +1,55 @@
+"""From a budget in the user's terms to the units that stay."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from numprune.budget import Budget, Costs, to_remove
+from numprune.choice import Choice, choose_units
+from numprune.errors import NumpruneError
+from numprune.latency import meet_latency
+from numprune.progress import Watch, silent
+from numprune.ranking import Ranking
+from numprune.recipe import Recipe
+from numprune.statistics import Measured
+
+
+def choose_within(
+    budget: Budget,
+    model: PreTrainedModel,
+    stored: PreTrainedModel,
+    recipe: Recipe,
+    measured: Measured,
+    *,
+    rankings: Mapping[str, Ranking] | None = None,
+    watch: Watch = silent,
+) -> Choice:
+    """Decides which units of a dense model stay so that it meets a budget.
+
+    Args:
+        budget: What the pruned model may cost.
+        model: The dense model; only its shapes matter if rankings are given and the recipe has one step.
+        stored: The same model in its checkpoint's data type; its shapes, or for a latency the model on its device.
+        recipe: How to decide.
+        measured: Of the dense model.
+        rankings: Of the dense model if they are there already.
+        watch: Shows the progress of the steps.
+
+    Raises:
+        NumpruneError: If the budget cannot be met, or is met by the dense model.
+    """
+    if recipe.allocation == "literal" and budget.kind != "ratio":
+        raise NumpruneError(f"The allocation literal knows ratios alone, got the budget {budget}.")
+
+    choices = []
+
+    def choose(costs: Costs, amount: float) -> Mapping[str, Tensor]:
+        choices.append(choose_units(model, recipe, costs, amount, measured, rankings=rankings, watch=watch))
+        return choices[-1].kept
+
+    if budget.kind == "latency":
+        kept = meet_latency(stored, budget, choose)
+    else:
+        kept = choose(*to_remove(stored, budget, minimum=0 if recipe.shapes.depth else 1))
+    return next(choice for choice in choices if choice.kept is kept)
