@@ -1,4 +1,4 @@
-"""Compress every model at every ratio of params.yaml, evaluate, benchmark and publish the results.
+"""Compress every model at every budget of params.yaml, evaluate, benchmark and publish the results.
 
 A Prefect task for each stage of `dvc.yaml`, in the order of its graph. DVC decides what has to run and keeps the
 results; Prefect decides when, tries again, stops and shows. Run it from the root of the repository:
@@ -105,21 +105,21 @@ def _state(stage: str, outcome: Outcome) -> State[None]:
 
 @task(
     name="publish",
-    task_run_name="publish@{model}-{ratio}",
+    task_run_name="publish@{model}-{budget}",
     cache_policy=NO_CACHE,
     persist_result=False,
     retry_condition_fn=_is_worth_another_try,
     retries=1,
 )
-def publish_version(model: str, ratio: float) -> Publication | State[None]:
+def publish_version(model: str, budget: str) -> Publication | State[None]:
     """Registers a checkpoint in MLflow, unless it is registered."""
     try:
         with _publishing:
-            publication = publish(model, ratio)
+            publication = publish(model, budget)
     except NumpruneError as error:
-        return Failed(name=Ending.REJECTED.value, message=f"publish@{model}-{ratio}: {error}")
+        return Failed(name=Ending.REJECTED.value, message=f"publish@{model}-{budget}: {error}")
     what = "published as" if publication.is_new else "is already"
-    get_run_logger().info("%s at ratio %s %s version %d", model, ratio, what, publication.version)
+    get_run_logger().info("%s at %s %s version %d", model, budget, what, publication.version)
     return publication
 
 
@@ -146,7 +146,7 @@ def compress() -> Report | State[None]:
     if failures := [state for state in states if state.is_failed() or state.is_crashed()]:
         return _failed(failures, left_out=sum(not state.is_final() for state in states))
     report = Report(
-        rows=[row for model in parameters.models for row in read_rows(model, parameters.ratios)],
+        rows=[row for model in parameters.models for row in read_rows(model, parameters.budgets)],
         publications=[future.result() for future in publications],
         endings=Counter(str(future.state.name) for future in stages.values()),
     )
@@ -169,10 +169,10 @@ def _submit_publications(
 ) -> list[PrefectFuture[Any]]:
     futures: list[PrefectFuture[Any]] = []
     for model in parameters.models:
-        for ratio in parameters.ratios:
-            measured = [f"evaluate_dense@{model}", f"evaluate@{model}-{ratio}", f"benchmark@{model}-{ratio}"]
+        for budget in parameters.budgets:
+            measured = [f"evaluate_dense@{model}", f"evaluate@{model}-{budget}", f"benchmark@{model}-{budget}"]
             needed = [stages[name] for name in measured]
-            futures.append(runner.submit(publish_version, {"model": model, "ratio": ratio}, wait_for=needed))
+            futures.append(runner.submit(publish_version, {"model": model, "budget": budget}, wait_for=needed))
     return futures
 
 
@@ -186,9 +186,9 @@ def _failed(failures: list[State[Any]], *, left_out: int) -> State[None]:
 
 def _show(report: Report) -> None:
     """A table on Prefect's page and the same in the terminal."""
-    versions = {(p.model, p.ratio): str(p.version) for p in report.publications}
+    versions = {(p.model, p.budget): str(p.version) for p in report.publications}
     columns = (*COLUMNS, "version")
-    lines = [(*cells(row), versions.get((row["model"], row["ratio"] or 0.0), "")) for row in report.rows]
+    lines = [(*cells(row), versions.get((row["model"], row["budget"] or ""), "")) for row in report.rows]
     table: list[dict[str, Any]] = [dict(zip(columns, line, strict=True)) for line in lines]
     create_table_artifact(table, key="dense-against-pruned", description=f"Dense against pruned. {report.sentence}")
     drawn = Table(title="dense against pruned")

@@ -28,6 +28,8 @@ _WRITTEN = {
 }
 _BINARY = {"KiB": str(2**10), "MiB": str(2**20), "GiB": str(2**30), "TiB": str(2**40)}
 _READ = _WRITTEN | dict.fromkeys(("size", "memory"), _BYTES | _BINARY)
+# Of a safetensors header: its length, its own metadata and its padding.
+_HEADER_ALIGNMENT = 64
 _FORM = re.compile(r"(?:(?P<kind>[a-z]+)-)?(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[A-Za-z]*)")
 
 
@@ -40,7 +42,7 @@ class Budget:
 
             - `ratio`: share of the units' parameters that goes, in (0, 1).
             - `parameters`: of the whole model, tied ones once.
-            - `size`: bytes of the weights in the checkpoint, tied ones once.
+            - `size`: bytes of the checkpoint's safetensors, tied weights once.
             - `memory`: bytes of the weights and of the key/value cache of `batch` sequences of `length` tokens.
             - `flops`: floating-point operations to process one token that attends to `length` tokens, itself included.
             - `latency`: seconds per generated token for `batch` prompts of `length` tokens, measured; the time that
@@ -153,7 +155,10 @@ def linear_costs(model: PreTrainedModel, budget: Budget) -> Costs:
         head: Any = model.get_output_embeddings()
         return Costs(2 * head.weight.numel(), unit)
     fixed = sum(parameter.numel() for parameter in model.parameters()) - sum(group.parameters for group in groups)
-    return Costs(fixed if budget.kind == "parameters" else fixed * model.dtype.itemsize, unit)
+    if budget.kind == "parameters":
+        return Costs(fixed, unit)
+    header = _header_bytes(model) if budget.kind == "size" else 0
+    return Costs(fixed * model.dtype.itemsize + header, unit)
 
 
 def to_remove(model: PreTrainedModel, budget: Budget, *, minimum: int = 1) -> tuple[Costs, float]:
@@ -213,6 +218,14 @@ def _unit_cost(model: PreTrainedModel, group: PrunableGroup, budget: Budget) -> 
     if budget.kind == "size":
         return group.unit_parameters * model.dtype.itemsize
     return group.unit_parameters
+
+
+def _header_bytes(model: PreTrainedModel) -> int:
+    """At most so many bytes of a safetensors file say where its tensors lie; smaller tensors take fewer digits."""
+    places = '"":{"dtype":"BF16","shape":[],"data_offsets":[,]},'
+    digits = 2 * len(str(model.num_parameters() * model.dtype.itemsize))
+    shapes = {name: ",".join(map(str, parameter.shape)) for name, parameter in model.named_parameters()}
+    return sum(len(name) + len(shape) + len(places) + digits for name, shape in shapes.items()) + _HEADER_ALIGNMENT
 
 
 def _attended_tokens(model: PreTrainedModel, block: int, length: int) -> int:

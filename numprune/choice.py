@@ -6,7 +6,7 @@ one layer's units are worth depends on what is left of the others.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from numprune.budget import Costs
 from numprune.capture import capture
 from numprune.compensation import compensate
 from numprune.cutting import cut, twin
+from numprune.plan import Choice
 from numprune.progress import Watch, silent
 from numprune.ranking import Ranking, Selection, rank
 from numprune.recipe import Recipe
@@ -29,23 +30,6 @@ from numprune.statistics import BlockStatistics, Measured
 _PROBED = (0.3, 0.7)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which units stay, and the scores behind it.
-
-    Attributes:
-        kept: Ascending indices of the units that stay, by the group's name.
-        lowest_kept: Lowest score of a unit that stays; None if none stays.
-        highest_removed: Highest score of a unit that goes; None if none goes.
-        threshold: The highest price that was paid, see `numprune.allocation`.
-    """
-
-    kept: Mapping[str, Tensor]
-    lowest_kept: Mapping[str, float | None]
-    highest_removed: Mapping[str, float | None]
-    threshold: float
-
-
 @torch.no_grad()
 def rank_model(
     model: PreTrainedModel,
@@ -53,7 +37,7 @@ def rank_model(
     recipe: Recipe,
     measured: Measured,
     *,
-    ratio: float,
+    ratio: float | None = None,
 ) -> Iterator[tuple[str, Ranking]]:
     """Ranks the units of every group; yields the group's name and its ranking.
 
@@ -62,7 +46,7 @@ def rank_model(
         statistics: Of its blocks, in order.
         recipe: Its selection, and whether its allocation needs the rises of the model's loss.
         measured: Its first `planning_samples` token sequences are what rises are measured on.
-        ratio: Share that is to go; only the selection `box` depends on it.
+        ratio: Share that is to go; needed for the selection `box`, which alone depends on it.
     """
     loss_aware = recipe.allocation == "loss_aware"
     place = measured.device or model.device

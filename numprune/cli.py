@@ -4,8 +4,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,30 +12,25 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from numprune.architectures import KINDS, check_supported, decoder_blocks, prunable_groups
-from numprune.calibration import DEFAULT_SAMPLES, check_data, draw_samples, evaluation_windows
-from numprune.checkpoint import (
-    check_output,
-    fetch,
-    load_config,
-    load_model,
-    load_shapes,
-    save_pruned,
-    weight_bytes,
-    weight_files,
-)
+from numprune.budget import linear_costs, readable
+from numprune.calibration import check_data, draw_samples, evaluation_windows
+from numprune.checkpoint import check_output, fetch, load_config, load_model, load_shapes, save_pruned, weight_bytes
 from numprune.checkpoint import fingerprint as model_fingerprint
+from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.errors import NumpruneError, reported
+from numprune.options import BatchSize, Device, Job, Length, Model, Revision, takes_job
 from numprune.perplexity import perplexity, window_losses
 from numprune.plan import PruningPlan, Source, make_plan
+from numprune.planning import choose_within
 from numprune.progress import track
-from numprune.pruning import RECIPES, Measured, Recipe, apply_plan, capture_to, score_directions, scores_at
+from numprune.pruning import apply_plan, capture_to
 from numprune.samples import fingerprint
+from numprune.statistics import Measured
 
 app = typer.Typer(
     help="Structural pruning of autoregressive transformers: no training, a folder that loads everywhere.",
@@ -47,116 +41,45 @@ app = typer.Typer(
 )
 
 
-class RecipeName(StrEnum):
-    """Names of `numprune.pruning.RECIPES`."""
-
-    PAPER = "paper"
-
-
-class RecoveryName(StrEnum):
-    """Names of `numprune.recovery.Recovery`."""
-
-    NONE = "none"
-    BIAS = "bias"
-    LEAST_SQUARES = "least_squares"
-    SEQUENTIAL = "sequential"
-    REFIT = "refit"
-
-
-Model = Annotated[str, typer.Argument(help="Folder of the dense model, or its id on the Hugging Face Hub.")]
-Ratio = Annotated[float, typer.Option(help="Share of the attention and MLP parameters to remove, in (0, 1).")]
-Calibration = Annotated[
-    str,
-    typer.Option(
-        help="What second moments are measured on: a text file, .jsonl with a `text` field, .safetensors with "
-        "`input_ids`, or a Hub data set NAME:SPLIT or NAME:CONFIGURATION:SPLIT."
-    ),
-]
-RecipeOption = Annotated[RecipeName, typer.Option(help="How to score, threshold and compensate.")]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration sequences.")]
-Length = Annotated[
-    int | None, typer.Option(help="Tokens a sequence; by default 2048 or the model's maximum if that is less.")
-]
-Seed = Annotated[int, typer.Option(help="Of the draw of calibration sequences.")]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Sequences that are computed together; lower it if memory is short.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
+@takes_job
 def prune(
-    model: Model,
-    ratio: Ratio,
-    calibration: Calibration,
+    job: Job,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not hold anything yet.")],
-    recipe: RecipeOption = RecipeName.PAPER,
-    recovery: Annotated[
-        RecoveryName | None,
-        typer.Option(
-            help="How the kept weights make up for the pruned ones, if not as in the recipe: none; bias, by the mean "
-            "of what is lost; least_squares, each projection by itself; sequential, each also for what went wrong "
-            "before it; refit, sequential with the producers refitted. The last two run the calibration sequences "
-            "several times more."
-        ),
-    ] = None,
-    samples: Samples = DEFAULT_SAMPLES,
-    length: Length = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 8,
-    device: Device = "auto",
-    revision: Revision = None,
     debug: Debug = False,
 ) -> None:
     """Prunes a model and writes a smaller checkpoint.
 
-    Example, a fifth of the layers' parameters:
+    Examples, a fifth of the layers' parameters, and a checkpoint of 8 GB:
 
         numprune prune models/reference-llama --ratio 0.2 --calibration text.txt --output out/
+
+        numprune prune meta-llama/Llama-3.1-8B --size 8GB --calibration text.txt --output out/
     """
-    settings = RECIPES[recipe]
-    if recovery is not None:
-        settings = replace(settings, recovery=recovery.value)
-    job = _Job(model, ratio, calibration, settings, samples, length, seed, batch_size, device, revision)
     check_output(output, _needed_bytes(job.folder))
     output.parent.mkdir(parents=True, exist_ok=True)
     # Beside the output, because system folders for temporary files are often too small for Gram matrices.
     with tempfile.TemporaryDirectory(prefix=".numprune-", dir=output.parent) as statistics:
-        dense, plan, input_ids, _ = _plan(job, Path(statistics))
-        measured = Measured(Path(statistics), input_ids, job.batch_size)
-        blocks = apply_plan(
-            dense,
-            plan,
-            measured,
-            recovery=settings.recovery,
-            damping=settings.compensation_damping,
-            device=job.place,
-        )
+        dense, plan, measured = _plan(job, Path(statistics))
+        blocks = apply_plan(dense, plan, measured, recovery=job.settings.recovery, damping=job.settings.damping)
         for _ in track(blocks, len(decoder_blocks(dense)), "compensate"):
             pass
-    save_pruned(dense, job.folder, output, plan, input_ids)
+    save_pruned(dense, job.folder, output, plan, measured.input_ids)
     before, after = weight_bytes(job.folder), weight_bytes(output)
     typer.echo(f"{plan.achieved_ratio:.2%} of {plan.dense_parameters:,} attention and MLP parameters are gone.")
     typer.echo(f"Weights: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB in {output}")
 
 
 @app.command("plan")
+@takes_job
 def show_plan(
-    model: Model,
-    ratio: Ratio,
-    calibration: Calibration,
+    job: Job,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the plan to this JSON file.")
     ] = None,
-    recipe: RecipeOption = RecipeName.PAPER,
-    samples: Samples = DEFAULT_SAMPLES,
-    length: Length = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 8,
-    device: Device = "auto",
-    revision: Revision = None,
     debug: Debug = False,
 ) -> None:
     """Shows what would go, what that saves and how long pruning takes; writes no weights.
@@ -164,21 +87,27 @@ def show_plan(
     Example:
         numprune plan models/reference-llama --ratio 0.5 --calibration text.txt
     """
-    job = _Job(model, ratio, calibration, RECIPES[recipe], samples, length, seed, batch_size, device, revision)
+    start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="numprune-") as statistics:
-        start = time.monotonic()
-        dense, plan, _, scoring = _plan(job, Path(statistics))
+        dense, plan, measured = _plan(job, Path(statistics))
         seconds = time.monotonic() - start
+        # What recovery takes follows from the time of its first block.
+        blocks = apply_plan(twin(dense), plan, measured, recovery=job.settings.recovery, damping=job.settings.damping)
+        next(blocks)
+        total = seconds + (time.monotonic() - start - seconds) * len(decoder_blocks(dense))
     if output is not None:
         plan.save(output)
     console = Console()
     console.print(_plan_table(dense, plan))
-    size = weight_bytes(job.folder)
-    saved = size * (plan.dense_parameters - plan.kept_parameters) / dense.num_parameters()
-    console.print(f"Requested {plan.requested_ratio:.2%}, achieved {plan.achieved_ratio:.2%}.")
-    console.print(f"Weights: {size / 2**20:.1f} MiB -> about {(size - saved) / 2**20:.1f} MiB.")
-    # Compensation factors the kept part of what scoring factors whole: scoring's time bounds it.
-    console.print(f"Time to prune: about {seconds + scoring:.0f} s on this machine ({seconds:.0f} s of it just now).")
+    console.print(f"Budget {plan.budget}: {plan.achieved_ratio:.2%} of the attention and MLP parameters go.")
+    stored = load_shapes(job.folder)
+    kept = {name: len(group.kept) for name, group in plan.groups.items()}
+    units = {name: group.units for name, group in plan.groups.items()}
+    for kind in ("parameters", "size", "memory", "flops"):
+        costs = linear_costs(stored, replace(job.budget, kind=kind, value=1))
+        before, after = readable(costs.total(units), kind), readable(costs.total(kept), kind)
+        console.print(f"  {kind}: {before} -> {after}", highlight=False)
+    console.print(f"Time to prune: about {total:.0f} s on this machine ({seconds:.0f} s of it just now).")
 
 
 @app.command("perplexity")
@@ -227,35 +156,6 @@ def measure_perplexity(
     typer.echo(f"{protocol['dtype']} on {place}")
 
 
-@dataclass
-class _Job:
-    """The arguments of one pruning; what is wrong with them and cheap to find out is found out here."""
-
-    model: str
-    ratio: float
-    calibration: str
-    recipe: Recipe
-    samples: int
-    length: int | None
-    seed: int
-    batch_size: int
-    device: str
-    revision: str | None
-    folder: Path = field(init=False)
-    place: torch.device = field(init=False)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise NumpruneError(
-                f"--ratio must be in (0, 1), got {self.ratio}: 0.2 removes a fifth of the layers' parameters."
-            )
-        check_data(self.calibration)
-        self.place = resolve_device(self.device)
-        self.folder = fetch(self.model, self.revision)
-        check_supported(load_config(self.folder))
-        weight_files(self.folder)
-
-
 def _needed_bytes(folder: Path) -> int:
     """An upper bound: statistics of all blocks and weights no smaller than before."""
     blocks = prunable_groups(load_shapes(folder))
@@ -263,23 +163,21 @@ def _needed_bytes(folder: Path) -> int:
     return grams + weight_bytes(folder)
 
 
-def _plan(job: "_Job", statistics: Path) -> tuple[PreTrainedModel, PruningPlan, Tensor, float]:
-    """Captures, scores and plans; returns the dense model, plan, calibration tokens and the seconds scoring took."""
+def _plan(job: Job, statistics: Path) -> tuple[PreTrainedModel, PruningPlan, Measured]:
+    """Captures, ranks and plans; returns the dense model, the plan and what it draws on."""
     input_ids = draw_samples(job.calibration, str(job.folder), samples=job.samples, length=job.length, seed=job.seed)
     dense = load_model(job.folder, dtype=working_dtype(job.place))
     groups = [group for block in prunable_groups(dense) for group in block]
+    measured = Measured(statistics, input_ids, job.batch_size, job.place)
     captured = capture_to(statistics, dense, input_ids, batch_size=job.batch_size, device=job.place)
     for _ in track(captured, len(decoder_blocks(dense)), "capture"):
         pass
-    start = time.monotonic()
-    directions = dict(track(score_directions(dense, statistics, job.recipe, job.place), len(groups), "score"))
-    scoring = time.monotonic() - start
+    timed = job.budget.kind == "latency"
+    stored = load_model(job.folder, device=job.place) if timed else load_shapes(job.folder)
+    choice = choose_within(job.budget, dense, stored, job.settings, measured, watch=track)
     source = Source(job.model, job.revision, model_fingerprint(job.folder), fingerprint(input_ids))
-    scores = scores_at(directions, job.ratio)
-    plan = make_plan(
-        groups, scores, job.ratio, source=source, recipe=asdict(job.recipe), threshold=job.recipe.threshold
-    )
-    return dense, plan, input_ids, scoring
+    plan = make_plan(groups, choice, str(job.budget), source=source, recipe=job.settings)
+    return dense, plan, measured
 
 
 def _plan_table(model: PreTrainedModel, plan: PruningPlan) -> Table:

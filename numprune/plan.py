@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from numprune.architectures import PrunableGroup
-from numprune.choice import Choice
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from numprune.recipe import Recipe
@@ -34,6 +33,23 @@ class Source:
     revision: str | None
     fingerprint: str
     calibration: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which units stay, and the scores behind it.
+
+    Attributes:
+        kept: Ascending indices of the units that stay, by the group's name.
+        lowest_kept: Lowest score of a unit that stays; None if none stays.
+        highest_removed: Highest score of a unit that goes; None if none goes.
+        threshold: The highest price that was paid, see `numprune.allocation`.
+    """
+
+    kept: Mapping[str, Tensor]
+    lowest_kept: Mapping[str, float | None]
+    highest_removed: Mapping[str, float | None]
+    threshold: float
 
 
 @dataclass(frozen=True)

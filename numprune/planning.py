@@ -6,9 +6,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune.budget import Budget, Costs, to_remove
-from numprune.choice import Choice, choose_units
+from numprune.choice import choose_units
 from numprune.errors import NumpruneError
 from numprune.latency import meet_latency
+from numprune.plan import Choice
 from numprune.progress import Watch, silent
 from numprune.ranking import Ranking
 from numprune.recipe import Recipe

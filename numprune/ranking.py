@@ -47,7 +47,7 @@ def rank(
     weight: Tensor,
     *,
     selection: Selection,
-    ratio: float,
+    ratio: float | None = None,
     penalty: float,
     damping: float,
     seed: int = 0,
@@ -62,7 +62,7 @@ def rank(
         selection: `newton`, the paper's score: the relaxed mask z in the direction of its Newton step, at ratio 1, as
             the order is the same at every ratio; `box`, the same with z held in [0, 1], at the ratio given; `obs`, the
             greedy removal order, scored by the share of the output lost when the unit goes; or a baseline.
-        ratio: Share that is to go, in (0, 1); `box` depends on it.
+        ratio: Share that is to go, in (0, 1); needed for `box`.
         penalty: Lambda of `newton` and `box`.
         damping: Of all factorisations, relative to the mean diagonal.
         seed: Of `random`.
@@ -82,6 +82,8 @@ def rank(
     if selection == "newton":
         channel_scores = 1 - newton_direction(scaled, weight, penalty=penalty, damping=damping, subject=subject)[0]
     elif selection == "box":
+        if ratio is None:
+            raise ValueError("ratio must be given for box, got None")
         channel_scores = box_score(scaled, weight, ratio, penalty=penalty, damping=damping, subject=subject)
     else:
         # A stream for each group, so that a group's draw does not depend on which were ranked before it.

@@ -17,12 +17,12 @@ from tasks.parameters import load_parameters
 from tasks.step import run_step
 
 
-def benchmark(model: str, ratio: float) -> None:
+def benchmark(model: str, budget: str) -> None:
     """Measures size, memory and generation speed of a model, dense and pruned."""
     parameters = load_parameters()
     settings = parameters.benchmark
     device = str(resolve_device(parameters.compute.device))
-    folders = {"dense": model_folder(model), "pruned": checkpoint_folder(model, ratio)}
+    folders = {"dense": model_folder(model), "pruned": checkpoint_folder(model, budget)}
     work = {"prompt_length": settings.prompt_length, "new_tokens": settings.new_tokens}
     seconds: dict[str, list[float]] = defaultdict(list)
     models = {name: load_model(folder, device=device) for name, folder in folders.items()}
@@ -42,7 +42,7 @@ def benchmark(model: str, ratio: float) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    with replace_on_success(benchmark_file(model, ratio)) as temporary:
+    with replace_on_success(benchmark_file(model, budget)) as temporary:
         temporary.write_text(json.dumps({**metrics, "protocol": protocol}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,30 +5,26 @@ from numprune.checkpoint import check_output, load_model, save_pruned, weight_by
 from numprune.device import resolve_device, working_dtype
 from numprune.plan import PruningPlan
 from numprune.progress import track
-from numprune.pruning import Measured, apply_plan
-from numprune.samples import load_samples
-from tasks.layout import calibration_file, checkpoint_folder, model_folder, plan_file, statistics_folder
+from numprune.pruning import apply_plan
+from tasks.layout import checkpoint_folder, model_folder, plan_file
 from tasks.parameters import load_parameters
+from tasks.statistics import measured_dense
 from tasks.step import run_step
 
 
-def compensate(model: str, ratio: float) -> None:
-    """Writes the pruned and compensated checkpoint of a model at a ratio."""
+def compensate(model: str, budget: str) -> None:
+    """Writes the pruned and compensated checkpoint of a model for a budget."""
     parameters = load_parameters()
-    source, output = model_folder(model), checkpoint_folder(model, ratio)
+    source, output = model_folder(model), checkpoint_folder(model, budget)
     check_output(output, weight_bytes(source))
-    plan = PruningPlan.load(plan_file(model, ratio))
-    device = resolve_device(parameters.compute.device)
-    pruned = load_model(source, dtype=working_dtype(device))
-    recipe = parameters.recipe
-    input_ids = load_samples(calibration_file(model))
-    measured = Measured(statistics_folder(model), input_ids, parameters.compute.batch_size)
-    blocks = apply_plan(
-        pruned, plan, measured, recovery=recipe.recovery, damping=recipe.compensation_damping, device=device
-    )
+    plan = PruningPlan.load(plan_file(model, budget))
+    pruned = load_model(source, dtype=working_dtype(resolve_device(parameters.compute.device)))
+    recipe = parameters.recipe.resolve()
+    measured = measured_dense(model, parameters.compute)
+    blocks = apply_plan(pruned, plan, measured, recovery=recipe.recovery, damping=recipe.damping)
     for _ in track(blocks, len(decoder_blocks(pruned)), "compensate"):
         pass
-    save_pruned(pruned, source, output, plan, input_ids)
+    save_pruned(pruned, source, output, plan, measured.input_ids)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from tasks.parameters import Parameters, load_parameters
 from tasks.step import run_step
 
 
-def evaluate(model: str, ratio: Annotated[float | None, typer.Argument()] = None) -> None:
-    """Evaluates a model, dense if no ratio is given, on the text of `params.yaml`."""
+def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Evaluates a model, dense if no budget is given, on the text of `params.yaml`."""
     parameters = load_parameters()
     settings = parameters.evaluation
     dense_folder = model_folder(model)
@@ -35,7 +35,7 @@ def evaluate(model: str, ratio: Annotated[float | None, typer.Argument()] = None
     def measure(subject: PreTrainedModel, title: str) -> Perplexity:
         return _measure(subject, windows, text_bytes, parameters, title)
 
-    folder = dense_folder if ratio is None else checkpoint_folder(model, ratio)
+    folder = dense_folder if budget is None else checkpoint_folder(model, budget)
     loaded = load_model(folder, dtype=working_dtype(device), device=device)
     measured = measure(loaded, "evaluate")
     metrics: dict[str, Any] = {
@@ -43,9 +43,9 @@ def evaluate(model: str, ratio: Annotated[float | None, typer.Argument()] = None
         "bits_per_byte": measured.bits_per_byte,
         "parameters": loaded.num_parameters(),
     }
-    if ratio is not None:
+    if budget is not None:
         cut = load_model(dense_folder, dtype=working_dtype(device), device=device)
-        for _ in apply_plan(cut, PruningPlan.load(plan_file(model, ratio)), measured=None):
+        for _ in apply_plan(cut, PruningPlan.load(plan_file(model, budget)), measured=None, recovery="none"):
             pass
         metrics["perplexity_without_compensation"] = measure(cut, "evaluate without compensation").perplexity
     metrics["protocol"] = {
@@ -59,7 +59,7 @@ def evaluate(model: str, ratio: Annotated[float | None, typer.Argument()] = None
         "device": device.type,
         "torch": torch.__version__,
     }
-    output = evaluation_file(model, ratio)
+    output = evaluation_file(model, budget)
     with replace_on_success(output) as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 

@@ -26,29 +26,29 @@ def scores_file(model: str) -> Path:
     return _model_artifacts(model) / "scores.safetensors"
 
 
-def plan_file(model: str, ratio: float) -> Path:
+def plan_file(model: str, budget: str) -> Path:
     """The pruning plan."""
-    return run_folder(model, ratio) / "plan.json"
+    return run_folder(model, budget) / "plan.json"
 
 
-def checkpoint_folder(model: str, ratio: float) -> Path:
+def checkpoint_folder(model: str, budget: str) -> Path:
     """The pruned checkpoint."""
-    return run_folder(model, ratio) / "checkpoint"
+    return run_folder(model, budget) / "checkpoint"
 
 
-def evaluation_file(model: str, ratio: float | None) -> Path:
-    """Quality of a pruned model, or of the dense one if there is no ratio."""
-    return run_folder(model, ratio) / "evaluation.json"
+def evaluation_file(model: str, budget: str | None) -> Path:
+    """Quality of a pruned model, or of the dense one if there is no budget."""
+    return run_folder(model, budget) / "evaluation.json"
 
 
-def benchmark_file(model: str, ratio: float) -> Path:
+def benchmark_file(model: str, budget: str) -> Path:
     """Cost of the dense and a pruned model."""
-    return run_folder(model, ratio) / "benchmark.json"
+    return run_folder(model, budget) / "benchmark.json"
 
 
-def run_folder(model: str, ratio: float | None) -> Path:
-    """All files of one ratio, or of the dense model if there is none."""
-    return _model_artifacts(model) / ("dense" if ratio is None else str(ratio))
+def run_folder(model: str, budget: str | None) -> Path:
+    """All files of one budget, or of the dense model if there is none."""
+    return _model_artifacts(model) / ("dense" if budget is None else budget)
 
 
 def _model_artifacts(model: str) -> Path:

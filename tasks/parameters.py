@@ -1,13 +1,18 @@
 """The schema of `params.yaml`: every key, its meaning, its default and its allowed range."""
 
-import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from numprune.allocation import Allocation
+from numprune.budget import parse_budget
 from numprune.errors import NumpruneError
+from numprune.ranking import Selection
+from numprune.recipe import RECIPES, Recipe
+from numprune.recovery import Recovery
 
 PARAMETERS_FILE = Path("params.yaml")
 
@@ -18,6 +23,14 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _budget(value: Any) -> str:
+    try:
+        parse_budget(str(value))
+    except NumpruneError as error:
+        raise ValueError(str(error)) from None
+    return str(value)
+
+
 def _without_repeats(items: list[Any]) -> list[Any]:
     repeated = sorted({item for item in items if items.count(item) > 1})
     if repeated:
@@ -26,7 +39,7 @@ def _without_repeats(items: list[Any]) -> list[Any]:
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
-Ratio = Annotated[float, Field(gt=0, lt=1)]
+BudgetText = Annotated[str, BeforeValidator(_budget)]
 Count = Annotated[int, Field(gt=0)]
 
 
@@ -72,21 +85,48 @@ class Compute(_Section):
     batch_size: Count = Field(default=8, description="Sequences that go through a block together.")
 
 
-class Recipe(_Section):
-    """How units are scored, which of them go, and how the rest is compensated."""
+class ShapesOverride(_Section):
+    """Which widths layers may have; what is null is as in the preset."""
 
-    penalty: float = Field(default=math.inf, gt=0, description="Lambda of the numerical score; .inf is its limit.")
-    score_damping: float = Field(
-        default=1e-6, ge=0, description="Of the score's matrix, relative to its mean diagonal."
+    heads: Count | None = Field(default=None, description="Kept query heads of a layer are a multiple of this, or all.")
+    channels: Count | None = Field(default=None, description="Kept MLP channels are a multiple of this, or all.")
+    uniform: bool | None = Field(default=None, description="All layers keep as many heads and channels as the others.")
+    depth: bool | None = Field(default=None, description="Whole attention or MLP modules may go.")
+
+
+class RecipeChoice(_Section):
+    """A preset, and what is chosen otherwise; what is null is as in the preset. See docs/method.md."""
+
+    preset: Literal["best", "paper"] = Field(default="best", description="Where everything else comes from.")
+    selection: Selection | None = Field(default=None, description="In which order the units of a layer go.")
+    allocation: Allocation | None = Field(default=None, description="How many units go from every layer.")
+    recovery: Recovery | None = Field(default=None, description="How kept weights make up for pruned ones.")
+    steps: Count | None = Field(default=None, description="In how many cuts the budget is reached.")
+    planning_samples: Count | None = Field(
+        default=None, description="Calibration sequences that rises of the loss are measured on."
     )
-    threshold: Literal["parameters", "literal"] = Field(
-        default="parameters", description="parameters: stop at the share of parameters; literal: Eq. 8 as printed."
+    shapes: ShapesOverride = ShapesOverride()
+    penalty: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Lambda of the numerical score; .inf is its limit."
     )
-    recovery: Literal["none", "bias", "least_squares", "sequential", "refit"] = Field(
-        default="least_squares",
-        description="How kept weights make up for pruned ones, see docs/method.md; least_squares is the paper's.",
+    damping: Annotated[float, Field(ge=0)] | Literal["auto"] | None = Field(
+        default=None, description="Of calibration moments, relative to their mean diagonal; auto: from the spectrum."
     )
-    compensation_damping: float = Field(default=1e-6, ge=0, description="Of G_KK, relative to its mean diagonal.")
+    seed: int | None = Field(default=None, description="Of the selection random.")
+
+    def resolve(self) -> Recipe:
+        """The preset with what is chosen otherwise."""
+        preset = RECIPES[self.preset]
+        shapes = replace(preset.shapes, **self.shapes.model_dump(exclude_none=True))
+        chosen = self.model_dump(exclude_none=True, exclude={"preset", "shapes"})
+        return replace(preset, shapes=shapes, **chosen)
+
+
+class Workload(_Section):
+    """What a budget of memory, operations or latency is counted for."""
+
+    batch: Count = Field(default=1, description="Sequences at a time.")
+    length: Count = Field(default=2048, description="Tokens of the context.")
 
 
 class Evaluation(_Section):
@@ -162,13 +202,16 @@ class Parameters(_Section):
         min_length=1, description="Folders below models/ to compress."
     )
     downloads: dict[FolderName, Download] = Field(default={}, description="Models to fetch from the Hub first.")
-    ratios: Annotated[list[Ratio], AfterValidator(_without_repeats)] = Field(
-        min_length=1, description="Shares of attention and MLP parameters to remove."
+    budgets: Annotated[list[BudgetText], AfterValidator(_without_repeats)] = Field(
+        min_length=1,
+        description="What pruned models may cost: 0.2 removes that share of the attention and MLP parameters; others "
+        "are limits such as parameters-4M, size-8MB, memory-2GB, flops-6G or latency-5ms.",
     )
+    workload: Workload = Workload()
     corpus: Corpus
     calibration: Calibration
     compute: Compute = Compute()
-    recipe: Recipe = Recipe()
+    recipe: RecipeChoice = RecipeChoice()
     evaluation: Evaluation
     benchmark: Benchmark = Benchmark()
     registry: Registry = Registry()

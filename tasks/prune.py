@@ -1,34 +1,43 @@
-"""Step `prune`: the global threshold decides which units go; the outcome is the pruning plan."""
-
-from safetensors.torch import load_file
+"""Step `prune`: the budget decides which units go; the outcome is the pruning plan."""
 
 from numprune.architectures import prunable_groups
+from numprune.budget import parse_budget
 from numprune.checkpoint import fingerprint as model_fingerprint
-from numprune.checkpoint import load_shapes
+from numprune.checkpoint import load_model, load_shapes
+from numprune.device import resolve_device, working_dtype
 from numprune.plan import Source, make_plan
-from numprune.pruning import scores_at
-from numprune.samples import fingerprint, load_samples
-from tasks.layout import calibration_file, model_folder, plan_file, scores_file
+from numprune.planning import choose_within
+from numprune.progress import track
+from numprune.ranking import load_rankings
+from numprune.samples import fingerprint
+from tasks.layout import model_folder, plan_file, scores_file
 from tasks.parameters import load_parameters
+from tasks.statistics import measured_dense
 from tasks.step import run_step
 
 
-def prune(model: str, ratio: float) -> None:
-    """Writes the plan of a model at a ratio."""
+def prune(model: str, budget: str) -> None:
+    """Writes the plan of a model for a budget."""
     parameters = load_parameters()
-    recipe = parameters.recipe
-    folder = model_folder(model)
+    recipe, workload = parameters.recipe.resolve(), parameters.workload
+    device = resolve_device(parameters.compute.device)
+    folder, measured = model_folder(model), measured_dense(model, parameters.compute)
+    wanted = parse_budget(budget, batch=workload.batch, length=workload.length)
+    rankings = load_rankings(scores_file(model))
+    stored = load_model(folder, device=device) if wanted.kind == "latency" else load_shapes(folder)
+    # With the rankings at hand, one step needs nothing but shapes.
+    shapes_suffice = rankings and recipe.steps == 1
+    dense = load_shapes(folder) if shapes_suffice else load_model(folder, dtype=working_dtype(device))
+    choice = choose_within(wanted, dense, stored, recipe, measured, rankings=rankings or None, watch=track)
     download = parameters.downloads.get(model)
     source = Source(
         model=download.repository if download else model,
         revision=download.revision if download else None,
         fingerprint=model_fingerprint(folder),
-        calibration=fingerprint(load_samples(calibration_file(model))),
+        calibration=fingerprint(measured.input_ids),
     )
-    groups = [group for block in prunable_groups(load_shapes(folder)) for group in block]
-    scores = scores_at(load_file(scores_file(model)), ratio)
-    plan = make_plan(groups, scores, ratio, source=source, recipe=recipe.model_dump(), threshold=recipe.threshold)
-    plan.save(plan_file(model, ratio))
+    groups = [group for block in prunable_groups(dense) for group in block]
+    make_plan(groups, choice, budget, source=source, recipe=recipe).save(plan_file(model, budget))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from numprune.budget import parse_budget
 from numprune.errors import NumpruneError
-from numprune.pruning import Recipe, recipe_name
+from numprune.recipe import recipe_name
 from tasks.layout import (
     benchmark_file,
     calibration_file,
@@ -46,7 +47,7 @@ class Release:
     """A pruned checkpoint and what identifies it; hashes are DVC's."""
 
     model: str
-    ratio: float
+    budget: str
     recipe: str
     checkpoint: Path
     checkpoint_hash: str
@@ -63,7 +64,7 @@ class Release:
         """What a registered version says of its origin."""
         return {
             "model": self.model,
-            "ratio": str(self.ratio),
+            "budget": self.budget,
             "recipe": self.recipe,
             "content_hash": self.checkpoint_hash,
             "source_hash": self.source_hash,
@@ -77,44 +78,45 @@ class Publication:
     """A version in the model registry."""
 
     model: str
-    ratio: float
+    budget: str
     version: int
     is_new: bool
     """Whether this call wrote anything."""
 
 
-def publish(model: str, ratio: float) -> Publication:
-    """Logs and registers the checkpoint of one model and ratio, unless that is done already.
+def publish(model: str, budget: str) -> Publication:
+    """Logs and registers the checkpoint of one model and budget, unless that is done already.
 
     Raises:
         NumpruneError: If a stage it needs has not run, or a file is not the one in dvc.lock.
     """
-    release = read_release(model, ratio)
+    release = read_release(model, budget)
     registry = load_parameters().registry
     client = connect(registry)
     experiment = _experiment(client, registry)
     run = _find_run(client, experiment, release)
     version = _find_version(client, release)
     if run is not None and run.info.status == "FINISHED" and version is not None:
-        _point_alias(client, ratio_alias(ratio), version)
-        return Publication(model, ratio, int(version.version), is_new=False)
+        _point_alias(client, budget_alias(budget), version)
+        return Publication(model, budget, int(version.version), is_new=False)
     run = run or _create_run(client, experiment, release)
     _log_run(client, run, release)
     version = version or _register(client, experiment, run, release)
     client.set_model_version_tag(model, version.version, "evaluation_run", run.info.run_id)
-    _point_alias(client, ratio_alias(ratio), version)
+    _point_alias(client, budget_alias(budget), version)
     _point_alias(client, CANDIDATE, version)
     # Last of all: a finished run means that everything above is there.
     client.set_terminated(run.info.run_id)
-    return Publication(model, ratio, int(version.version), is_new=True)
+    return Publication(model, budget, int(version.version), is_new=True)
 
 
-def ratio_alias(ratio: float) -> str:
-    """The alias of the current version at a ratio: `ratio-0_2` for 0.2, since MLflow allows no dot."""
-    return f"ratio-{ratio}".replace(".", "_")
+def budget_alias(budget: str) -> str:
+    """The alias of the current version at a budget: `ratio-0_2` for 0.2, since MLflow allows no dot."""
+    kind = parse_budget(budget).kind
+    return (f"ratio-{budget}" if kind == "ratio" else budget).replace(".", "_")
 
 
-def read_release(model: str, ratio: float) -> Release:
+def read_release(model: str, budget: str) -> Release:
     """Reads from `dvc.lock` what identifies a checkpoint, and checks that the small files are the ones it names.
 
     Raises:
@@ -122,23 +124,23 @@ def read_release(model: str, ratio: float) -> Release:
     """
     hashes = _locked_hashes()
     metric_files = {
-        "evaluation.json": evaluation_file(model, ratio),
-        "benchmark.json": benchmark_file(model, ratio),
+        "evaluation.json": evaluation_file(model, budget),
+        "benchmark.json": benchmark_file(model, budget),
         "dense/evaluation.json": evaluation_file(model, None),
     }
-    plan = plan_file(model, ratio)
+    plan = plan_file(model, budget)
     for path in (plan, *metric_files.values()):
         if not path.exists() or hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != hashes.get(path):
             raise NumpruneError(f"{path} is missing or not the file that {LOCK_FILE} names: run `dvc repro` first.")
-    checkpoint, source, calibration = checkpoint_folder(model, ratio), model_folder(model), calibration_file(model)
+    checkpoint, source, calibration = checkpoint_folder(model, budget), model_folder(model), calibration_file(model)
     for path in (checkpoint, source, calibration):
         if path not in hashes or not path.exists():
             raise NumpruneError(f"{path} is missing or not in {LOCK_FILE}: run `dvc repro` first.")
     evidence = [hashes[path] for path in (checkpoint, plan, *metric_files.values())]
     return Release(
         model=model,
-        ratio=ratio,
-        recipe=recipe_name(Recipe(**load_parameters().recipe.model_dump())),
+        budget=budget,
+        recipe=recipe_name(load_parameters().recipe.resolve()),
         checkpoint=checkpoint,
         checkpoint_hash=hashes[checkpoint],
         source_hash=hashes[source],
@@ -208,7 +210,7 @@ def _find_run(client: "MlflowClient", experiment: "Experiment", release: Release
 
 def _create_run(client: "MlflowClient", experiment: "Experiment", release: Release) -> "Run":
     tags = {**release.tags, **_git_state(), "evidence_hash": release.evidence_hash}
-    return client.create_run(experiment.experiment_id, tags=tags, run_name=f"{release.model}-{release.ratio}")
+    return client.create_run(experiment.experiment_id, tags=tags, run_name=f"{release.model}-{release.budget}")
 
 
 def _log_run(client: "MlflowClient", run: "Run", release: Release) -> None:
@@ -229,7 +231,7 @@ def _metrics(release: Release) -> dict[str, float]:
         json.loads(release.metric_files[name].read_text(encoding="utf-8"))
         for name in ("plan.json", "evaluation.json", "benchmark.json", "dense/evaluation.json")
     )
-    metrics: dict[str, float] = {name: plan[name] for name in ("requested_ratio", "achieved_ratio")}
+    metrics: dict[str, float] = {"achieved_ratio": plan["achieved_ratio"]}
     metrics |= {f"dense_{name}": dense[name] for name in ("perplexity", "bits_per_byte")}
     metrics |= {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
     for name, value in benchmark["pruned"].items():
@@ -247,8 +249,8 @@ def _find_version(client: "MlflowClient", release: Release) -> "ModelVersion | N
     versions = client.search_model_versions(
         f"name = '{release.model}' and tags.content_hash = '{release.checkpoint_hash}'"
     )
-    # Two ratios can give the same checkpoint; each has a version of its own, because each has an alias.
-    return next((version for version in versions if version.tags.get("ratio") == str(release.ratio)), None)
+    # Two budgets can give the same checkpoint; each has a version of its own, because each has an alias.
+    return next((version for version in versions if version.tags.get("budget") == release.budget), None)
 
 
 def _register(client: "MlflowClient", experiment: "Experiment", run: "Run", release: Release) -> "ModelVersion":
@@ -266,7 +268,7 @@ def _register(client: "MlflowClient", experiment: "Experiment", run: "Run", rele
         run_id=run.info.run_id,
         model_id=model.model_id,
         tags={**release.tags, **_git_state()},
-        description=f"{release.model} with {release.ratio:.0%} of its attention and MLP parameters removed.",
+        description=f"{release.model}, pruned to the budget {release.budget}.",
     )
 
 
@@ -274,7 +276,7 @@ def _log_model(client: "MlflowClient", experiment: "Experiment", run: "Run", rel
     """Copies the checkpoint to MLflow's files; it stays a folder that `from_pretrained` loads."""
     found = client.search_logged_models(
         [experiment.experiment_id],
-        f"tags.content_hash = '{release.checkpoint_hash}' and tags.ratio = '{release.ratio}'",
+        f"tags.content_hash = '{release.checkpoint_hash}' and tags.budget = '{release.budget}'",
     )
     for model in found:
         if str(model.status) == "READY" and model.model_id:
@@ -283,10 +285,10 @@ def _log_model(client: "MlflowClient", experiment: "Experiment", run: "Run", rel
         client.delete_logged_model(model.model_id)
     model = client.create_logged_model(
         experiment.experiment_id,
-        name=re.sub(r"[^\w-]", "-", f"{release.model}-{release.ratio}"),  # MLflow allows no dots here.
+        name=re.sub(r"[^\w-]", "-", f"{release.model}-{release.budget}"),  # MLflow allows no dots here.
         source_run_id=run.info.run_id,
         tags=release.tags,
-        params={"ratio": str(release.ratio), "recipe": release.recipe},
+        params={"budget": release.budget, "recipe": release.recipe},
         model_type="pruned-transformer",
     )
     client.log_model_artifacts(model.model_id, str(release.checkpoint))
@@ -310,10 +312,10 @@ def _git_state() -> dict[str, str]:
     return {"git_commit": commit, "git_dirty": str(bool(changes.strip())).lower()}
 
 
-def _publish_and_say(model: str, ratio: float) -> None:
-    publication = publish(model, ratio)
+def _publish_and_say(model: str, budget: str) -> None:
+    publication = publish(model, budget)
     state = "registered" if publication.is_new else "unchanged"
-    print(f"{publication.model} version {publication.version} (ratio {publication.ratio}): {state}")
+    print(f"{publication.model} version {publication.version} (budget {publication.budget}): {state}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from tasks.step import run_step
 
 
 class Row(TypedDict):
-    """One model, dense or at one ratio."""
+    """One model, dense or pruned to one budget."""
 
     model: str
-    ratio: float | None
+    budget: str | None
     """As requested; None: dense."""
     removed: float
     """Share of the attention and MLP parameters that really went."""
@@ -45,7 +45,7 @@ COLUMNS = (
 def summarise() -> None:
     """Writes `report/summary.json`, `report/summary.md` and `report/perplexity.png` from all metric files."""
     parameters = load_parameters()
-    rows = [row for model in parameters.models for row in read_rows(model, parameters.ratios)]
+    rows = [row for model in parameters.models for row in read_rows(model, parameters.budgets)]
     with replace_on_success(REPORT / "summary.json") as path:
         path.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
     with replace_on_success(REPORT / "summary.md") as path:
@@ -54,27 +54,27 @@ def summarise() -> None:
         draw(rows, path)
 
 
-def read_rows(model: str, ratios: Sequence[float]) -> list[Row]:
-    """The dense model, then each ratio in rising order."""
+def read_rows(model: str, budgets: Sequence[str]) -> list[Row]:
+    """The dense model, then each budget, by the share removed."""
     dense = _read(evaluation_file(model, None))
     rows: list[Row] = []
-    for ratio in sorted(ratios):
+    for budget in budgets:
         plan, evaluation, benchmark = (
-            _read(file(model, ratio)) for file in (plan_file, evaluation_file, benchmark_file)
+            _read(file(model, budget)) for file in (plan_file, evaluation_file, benchmark_file)
         )
         if not rows:
             # Each benchmark measures the dense model again; one of them stands for it.
             rows.append(_row(model, None, 0.0, benchmark, dense))
-        rows.append(_row(model, ratio, plan["achieved_ratio"], benchmark, evaluation))
-    return rows
+        rows.append(_row(model, budget, plan["achieved_ratio"], benchmark, evaluation))
+    return sorted(rows, key=lambda row: row["removed"])
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text, in the order of `COLUMNS`."""
     without = row["perplexity_without_compensation"]
     return (
-        row["model"] if row["ratio"] is None else f"{row['model']} {row['ratio']:g}",
-        "dense" if row["ratio"] is None else f"{row['removed']:.1%}",
+        row["model"] if row["budget"] is None else f"{row['model']} {row['budget']}",
+        "dense" if row["budget"] is None else f"{row['removed']:.1%}",
         f"{row['parameters'] / 1e6:,.2f} M",
         f"{row['checkpoint_bytes'] / 1e6:,.1f} MB",
         f"{row['perplexity']:.2f}",
@@ -129,11 +129,11 @@ def draw(rows: Iterable[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _row(model: str, ratio: float | None, removed: float, benchmark: dict[str, Any], evaluation: dict[str, Any]) -> Row:
-    cost = benchmark["dense" if ratio is None else "pruned"]
+def _row(model: str, budget: str | None, removed: float, benchmark: dict[str, Any], evaluation: dict[str, Any]) -> Row:
+    cost = benchmark["dense" if budget is None else "pruned"]
     return Row(
         model=model,
-        ratio=ratio,
+        budget=budget,
         removed=removed,
         parameters=cost["parameters"],
         checkpoint_bytes=cost["checkpoint_bytes"],

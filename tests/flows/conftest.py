@@ -79,7 +79,9 @@ class Checkout:
 
 def _tiny(content: dict[str, Any]) -> None:
     content["models"] = [MODEL]
-    content["ratios"] = [0.2]
+    content["budgets"] = [0.2]
+    content["recipe"] |= {"planning_samples": 4}
+    content["workload"] |= {"length": 64}
     content["corpus"] |= {"calibration": ["datasets"], "evaluation": ["huggingface_hub"]}
     content["calibration"] |= {"samples": 8, "length": 64}
     content["evaluation"] |= {"length": 64, "max_tokens": 2048}

@@ -95,19 +95,19 @@ print(json.dumps({"parameters": model.num_parameters(), "tags": candidate.tags})
     assert said["tags"]["git_commit"] == checkout.run("git", "rev-parse", "HEAD").stdout.strip()
 
 
-def test_another_ratio_redoes_nothing_before_the_threshold(checkout: Checkout) -> None:
-    checkout.edit_parameters(lambda content: content.update(ratios=[0.2, 0.5]))
+def test_another_budget_redoes_nothing_before_the_plan(checkout: Checkout) -> None:
+    checkout.edit_parameters(lambda content: content.update(budgets=[0.2, "size-120kB"]))
     run = checkout.compress()
     assert run.code == 0, run.output
     assert run.ran == FROM_PRUNE_ON
     assert run.ended[f"evaluate@{MODEL}-0.2"] == "Unchanged"
-    assert run.ended[f"evaluate@{MODEL}-0.5"] == "Completed"
+    assert run.ended[f"evaluate@{MODEL}-size-120kB"] == "Completed"
     assert "5 stages run, 9 unchanged; 1 of 2 versions newly published." in run.output
 
 
 def test_another_calibration_seed_redoes_what_depends_on_it(checkout: Checkout) -> None:
     def edit(content: dict) -> None:
-        content["ratios"] = [0.2]
+        content["budgets"] = [0.2]
         content["calibration"]["seed"] = 1
 
     checkout.edit_parameters(edit)
@@ -157,7 +157,7 @@ def test_interrupt_ends_the_stage_and_leaves_nothing_half_written(checkout: Chec
 def test_mistakes_in_the_parameters_are_told_before_anything_starts(checkout: Checkout) -> None:
     def edit(content: dict) -> None:
         content["calibration"]["sampels"] = 3
-        content["ratios"] = [1.5]
+        content["budgets"] = [1.5]
 
     checkout.edit_parameters(edit)
     run = checkout.compress()
@@ -165,4 +165,4 @@ def test_mistakes_in_the_parameters_are_told_before_anything_starts(checkout: Ch
     assert "server" not in run.output
     assert "Traceback" not in run.output
     assert "calibration.sampels" in run.output
-    assert "ratios.0" in run.output
+    assert "budgets.0" in run.output

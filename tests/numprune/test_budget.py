@@ -12,7 +12,7 @@ from transformers import StaticCache
 
 from numprune.architectures import decoder_blocks, prunable_groups
 from numprune.budget import Budget, Costs, linear_costs, parse_budget, readable, to_remove
-from numprune.checkpoint import load_model, load_shapes, save_pruned, weight_files
+from numprune.checkpoint import load_model, load_shapes, save_pruned, weight_bytes
 from numprune.errors import NumpruneError
 from numprune.slicing import slice_block
 from tests.numprune.conftest import CONFIGS
@@ -37,11 +37,10 @@ def budget(kind):
     return Budget(kind, 0.5, batch=BATCH, length=LENGTH)
 
 
-def data_bytes(folder):
-    """Bytes of the tensors in the safetensors files: without the header and its length."""
-    return sum(
-        file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in weight_files(folder)
-    )
+def assert_just_enough(predicted, folder, model):
+    """Counted bytes are never below those of the files, and above them by a few digits a tensor at most."""
+    spare = predicted - weight_bytes(folder)
+    assert 0 <= spare <= 64 + 16 * len(list(model.named_parameters()))
 
 
 @pytest.mark.parametrize(
@@ -156,13 +155,13 @@ def test_size_is_that_of_the_files(make_checkpoint, tmp_path, input_ids, name, d
     dense = make_checkpoint(config)
     shapes = load_shapes(dense)
     costs = linear_costs(shapes, budget("size"))
-    assert costs.total(units(shapes)) == data_bytes(dense)
+    assert_just_enough(costs.total(units(shapes)), dense, shapes)
     model = load_model(dense, dtype=torch.float32)  # Pruned in float32, saved as the source.
     kept = cut(model)
     save_pruned(model, dense, tmp_path / "pruned", SimpleNamespace(save=Path.touch), input_ids)
-    assert costs.total(kept) == data_bytes(tmp_path / "pruned")
+    assert_just_enough(costs.total(kept), tmp_path / "pruned", shapes)
     again = load_shapes(tmp_path / "pruned")  # A pruned model has costs of its own: pruning can go on.
-    assert linear_costs(again, budget("size")).total(units(again)) == data_bytes(tmp_path / "pruned")
+    assert_just_enough(linear_costs(again, budget("size")).total(units(again)), tmp_path / "pruned", again)
 
 
 @torch.no_grad()

@@ -1,8 +1,6 @@
 import json
-import re
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
 import torch
@@ -10,10 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from numprune.architectures import KINDS, prunable_groups
 from numprune.calibration import evaluation_windows
-from numprune.cli import RecoveryName, _plan_table
+from numprune.cli import _plan_table
 from numprune.perplexity import perplexity, window_losses
-from numprune.plan import Source, make_plan
-from numprune.recovery import Recovery
+from numprune.plan import Choice, Source, make_plan
+from numprune.recipe import RECIPES
 from numprune.slicing import slice_block
 
 
@@ -33,7 +31,7 @@ def pruning(make_checkpoint, text_file, tmp_path):
 def test_prune_then_perplexity(pruning, text_file, tmp_path):
     done = numprune("prune", *pruning)
     assert done.returncode == 0, done.stderr
-    assert re.match(r"3\d\.\d\d% of 20,736 attention and MLP parameters are gone", done.stdout)
+    assert "% of 20,736 attention and MLP parameters are gone" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     done = numprune("perplexity", tmp_path / "out", "--data", text_file, "--length", 32, "--json")
@@ -50,9 +48,9 @@ def test_plan_writes_no_weights(pruning, tmp_path):
     pruning[pruning.index("--output") + 1] = tmp_path / "plan.json"
     done = numprune("plan", *pruning)
     assert done.returncode == 0, done.stderr
-    assert "Requested 30.00%" in done.stdout
+    assert "Budget 0.3: 30." in done.stdout
     assert "Time to prune" in done.stdout
-    assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["requested_ratio"] == 0.3
+    assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["budget"] == "0.3"
 
 
 def test_same_seed_same_bytes(pruning, tmp_path):
@@ -73,21 +71,47 @@ def test_recovery_can_be_chosen(pruning, tmp_path, recovery):
     assert plan["recipe"]["recovery"] == recovery
 
 
-def test_every_recovery_has_a_name():
-    assert {name.value for name in RecoveryName} == set(get_args(Recovery))
+def test_everything_in_a_recipe_can_be_chosen(pruning, tmp_path):
+    pruning[pruning.index("--ratio") : pruning.index("--ratio") + 2] = ["--parameters", "32000"]
+    chosen = {"--recipe": "paper", "--selection": "flap", "--allocation": "loss_aware", "--recovery": "sequential"}
+    chosen |= {
+        "--steps": 2,
+        "--planning-samples": 4,
+        "--heads": 2,
+        "--channels": 8,
+        "--penalty": 3,
+        "--damping": "auto",
+    }
+    done = numprune("prune", *pruning, *(part for pair in chosen.items() for part in pair), "--uniform", "--depth")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "out" / "pruning_plan.json").read_text(encoding="utf-8"))
+    assert plan["budget"] == "parameters-32k"
+    assert plan["recipe"] == {
+        "selection": "flap",
+        "allocation": "loss_aware",
+        "recovery": "sequential",
+        "steps": 2,
+        "planning_samples": 4,
+        "shapes": {"heads": 2, "channels": 8, "uniform": True, "depth": True},
+        "penalty": 3.0,
+        "damping": "auto",
+        "seed": 0,
+    }
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.num_parameters() <= 32000
 
 
 def test_the_table_leaves_out_what_a_model_does_not_have(llama):
-    groups = [group for block in prunable_groups(llama) for group in block]
-    scores = {group.name: torch.arange(float(group.units)) for group in groups}
     for block, absent in ((0, ["attention"]), (2, ["attention", "mlp"])):
         kept = {f"{block}.{kind}": torch.arange(0 if kind in absent else 40) for kind in KINDS}
         slice_block(llama.model.layers[block], prunable_groups(llama)[block], kept)
     left = [group for block in prunable_groups(llama) for group in block]
-    plan = make_plan(left, scores, 0.3, source=Source("test", None, "", ""), recipe={})
+    kept = {group.name: torch.arange(group.units) for group in left}
+    choice = Choice(kept, dict.fromkeys(kept), dict.fromkeys(kept), 0.0)
+    plan = make_plan(left, choice, "0.3", source=Source("test", None, "", ""), recipe=RECIPES["paper"])
     first, second, third = zip(*(column.cells for column in _plan_table(llama, plan).columns), strict=True)
     assert first[:2] == ("0", "")
-    assert first[2].endswith("of 40")
+    assert first[2] == "40 of 40"
     assert all(second)
     assert third == ("2", "", "", "")
 
@@ -95,8 +119,8 @@ def test_the_table_leaves_out_what_a_model_does_not_have(llama):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--ratio", 0, "--ratio must be in (0, 1), got 0.0"),
-        ("--ratio", 1.5, "--ratio must be in (0, 1), got 1.5"),
+        ("--ratio", 0, "ratio must be in (0, 1), got 0.0"),
+        ("--ratio", 1.5, "ratio must be in (0, 1), got 1.5"),
         ("--ratio", 0.99, "cannot be reached"),
         ("--calibration", "nowhere.txt", "nowhere.txt not found"),
         ("--samples", 100000, "Lower the samples or the length"),
@@ -111,6 +135,22 @@ def test_mistakes_are_one_message_and_exit_code_2(pruning, tmp_path, option, val
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--size", "8MB"], "One budget is needed, --ratio 0.2 for example, got --ratio and --size"),
+        (["--damping", "none"], "--damping must be auto or a number of at least 0, got 'none'"),
+        (["--penalty", "0"], "--penalty must be above 0"),
+        (["--selection", "guess"], "Invalid value for '--selection'"),
+    ],
+)
+def test_options_that_do_not_go_together(pruning, extra, message):
+    done = numprune("prune", *pruning, *extra)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "capture" not in done.stderr
 
 
 def test_debug_shows_the_traceback(pruning):

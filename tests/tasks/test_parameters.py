@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from numprune.errors import NumpruneError
-from numprune.recovery import Recovery
-from tasks.parameters import Recipe, load_parameters
+from numprune.allocation import Shapes
+from numprune.recipe import RECIPES
+from tasks.parameters import RecipeChoice, load_parameters
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,25 +27,43 @@ def test_shipped_parameters_are_valid() -> None:
     assert load_parameters(ROOT / "params.yaml").models == ["reference-llama"]
 
 
-def test_every_recovery_can_be_set() -> None:
-    assert Recipe.model_fields["recovery"].annotation == Recovery
+@pytest.mark.parametrize("preset", RECIPES)
+def test_presets_are_those_of_the_library(preset: str) -> None:
+    assert RecipeChoice.model_validate({"preset": preset}).resolve() == RECIPES[preset]
+
+
+def test_everything_in_a_recipe_can_be_chosen() -> None:
+    chosen = {"selection": "flap", "allocation": "uniform", "recovery": "bias", "steps": 2, "planning_samples": 4}
+    chosen |= {"penalty": 3.0, "damping": "auto", "seed": 5}
+    shapes = {"heads": 2, "channels": 64, "uniform": True, "depth": True}
+    recipe = RecipeChoice.model_validate({"preset": "paper", "shapes": shapes, **chosen}).resolve()
+    assert recipe.shapes == Shapes(**shapes)
+    assert {name: getattr(recipe, name) for name in chosen} == chosen
+    # Nothing was left out above.
+    assert {*chosen, "preset", "shapes"} == set(RecipeChoice.model_fields)
 
 
 def test_all_mistakes_are_reported_together(content: dict[str, Any], tmp_path: Path) -> None:
     content["calibration"]["sampels"] = 128
-    content["ratios"] = [0.2, 1.0]
+    content["budgets"] = [0.2, 1.0]
     content["benchmark"]["repeats"] = 0
-    content["recipe"]["threshold"] = "median"
+    content["recipe"]["allocation"] = "median"
     with pytest.raises(NumpruneError, match=r"4 mistake\(s\)") as caught:
         load(content, tmp_path)
-    for place in ("calibration.sampels", "ratios.1", "benchmark.repeats", "recipe.threshold"):
+    for place in ("calibration.sampels", "budgets.1", "benchmark.repeats", "recipe.allocation"):
         assert place in str(caught.value)
 
 
-@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, float("nan"), "half"])
-def test_ratio_outside_its_range(content: dict[str, Any], tmp_path: Path, ratio: Any) -> None:
-    content["ratios"] = [ratio]
-    with pytest.raises(NumpruneError, match=r"ratios\.0"):
+@pytest.mark.parametrize("budget", ["0.2", "parameters-4M", "size-8MB", "memory-2GB", "flops-6G", "latency-5ms"])
+def test_budgets_are_ratios_or_limits(content: dict[str, Any], tmp_path: Path, budget: str) -> None:
+    content["budgets"] = [budget, 0.5]
+    assert load(content, tmp_path).budgets == [budget, "0.5"]
+
+
+@pytest.mark.parametrize("budget", [0, 1, -0.1, 1.5, float("nan"), "half", "size-8", "weight-8kg"])
+def test_budget_that_is_none(content: dict[str, Any], tmp_path: Path, budget: Any) -> None:
+    content["budgets"] = [budget]
+    with pytest.raises(NumpruneError, match=r"budgets\.0"):
         load(content, tmp_path)
 
 
@@ -55,7 +74,7 @@ def test_model_that_is_no_folder_name(content: dict[str, Any], tmp_path: Path, n
         load(content, tmp_path)
 
 
-@pytest.mark.parametrize("key", ["models", "ratios"])
+@pytest.mark.parametrize("key", ["models", "budgets"])
 def test_what_is_named_twice_is_refused(content: dict[str, Any], tmp_path: Path, key: str) -> None:
     content[key] = content[key][:1] * 2
     with pytest.raises(NumpruneError, match="twice"):

@@ -31,11 +31,11 @@ def write(path: Path, content: Any) -> None:
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
-def make_results(ratio: float, *, perplexity: float = 21.0, weights: str = "weights") -> None:
-    """What the stages leave for one ratio."""
-    folder = Path("artifacts") / MODEL / str(ratio)
+def make_results(budget: str, *, perplexity: float = 21.0, weights: str = "weights") -> None:
+    """What the stages leave for one budget."""
+    folder = Path("artifacts") / MODEL / budget
     cost = {"parameters": 80, "checkpoint_bytes": 160, "peak_memory_bytes": 200, "tokens_per_second": 9.5}
-    write(folder / "plan.json", {"requested_ratio": ratio, "achieved_ratio": ratio - 0.001})
+    write(folder / "plan.json", {"achieved_ratio": float(budget) - 0.001})
     write(folder / "evaluation.json", {"perplexity": perplexity, "perplexity_without_compensation": 30.0})
     write(folder / "benchmark.json", {"dense": cost, "pruned": cost, "protocol": {"device": "cpu"}})
     write(folder / "checkpoint/config.json", {})
@@ -68,7 +68,7 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path
     content = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
     content["registry"]["tracking_uri"] = f"sqlite:///{tmp_path}/mlflow/mlflow.db"
     Path("params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    make_results(0.2)
+    make_results("0.2")
     return connect(load_parameters().registry)
 
 
@@ -92,10 +92,10 @@ def aliases(client: MlflowClient) -> dict[str, int]:
 def test_published_version_is_found_by_alias(client: MlflowClient) -> None:
     from mlflow.artifacts import download_artifacts
 
-    publication = publish(MODEL, 0.2)
+    publication = publish(MODEL, "0.2")
     assert publication.is_new
     version = client.get_model_version_by_alias(MODEL, "candidate")
-    release = read_release(MODEL, 0.2)
+    release = read_release(MODEL, "0.2")
     assert release.tags.items() <= version.tags.items()
     assert {"git_commit", "git_dirty"} <= version.tags.keys()
     folder = Path(download_artifacts(f"models:/{MODEL}@candidate"))
@@ -113,34 +113,34 @@ def test_published_version_is_found_by_alias(client: MlflowClient) -> None:
 
 
 def test_second_publish_changes_nothing(client: MlflowClient) -> None:
-    first = publish(MODEL, 0.2)
+    first = publish(MODEL, "0.2")
     before = everything(client)
-    second = publish(MODEL, 0.2)
+    second = publish(MODEL, "0.2")
     assert (second.version, second.is_new) == (first.version, False)
     assert everything(client) == before
 
 
-def test_every_ratio_has_an_alias_and_the_newest_is_the_candidate(client: MlflowClient) -> None:
-    make_results(0.5, weights="fewer")
-    publish(MODEL, 0.2)
-    publish(MODEL, 0.5)
-    publish(MODEL, 0.2)
+def test_every_budget_has_an_alias_and_the_newest_is_the_candidate(client: MlflowClient) -> None:
+    make_results("0.5", weights="fewer")
+    publish(MODEL, "0.2")
+    publish(MODEL, "0.5")
+    publish(MODEL, "0.2")
     assert aliases(client) == {"ratio-0_2": 1, "ratio-0_5": 2, "candidate": 2}
 
 
 def test_earlier_content_is_found_again(client: MlflowClient) -> None:
-    publish(MODEL, 0.2)
-    make_results(0.2, weights="other weights")
-    assert publish(MODEL, 0.2).version == 2
-    make_results(0.2)
-    assert publish(MODEL, 0.2).version == 1
+    publish(MODEL, "0.2")
+    make_results("0.2", weights="other weights")
+    assert publish(MODEL, "0.2").version == 2
+    make_results("0.2")
+    assert publish(MODEL, "0.2").version == 1
     assert aliases(client) == {"ratio-0_2": 1, "candidate": 2}
 
 
 def test_new_evaluation_of_the_same_checkpoint_is_a_run_but_no_version(client: MlflowClient) -> None:
-    publish(MODEL, 0.2)
-    make_results(0.2, perplexity=22.0)
-    assert publish(MODEL, 0.2).version == 1
+    publish(MODEL, "0.2")
+    make_results("0.2", perplexity=22.0)
+    assert publish(MODEL, "0.2").version == 1
     (version,) = client.search_model_versions(f"name = '{MODEL}'")
     assert client.get_run(version.tags["evaluation_run"]).data.metrics["perplexity"] == 22.0
 
@@ -176,21 +176,21 @@ def test_crash_is_mended_by_the_next_call(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, step, crash)
         with pytest.raises(KeyboardInterrupt):
-            publish(MODEL, 0.2)
-    assert publish(MODEL, 0.2).version == 1
+            publish(MODEL, "0.2")
+    assert publish(MODEL, "0.2").version == 1
     assert aliases(client) == {"ratio-0_2": 1, "candidate": 1}
     (run,) = client.search_runs([client.get_experiment_by_name("numprune").experiment_id])
     assert run.info.status == "FINISHED"
     assert all(len(client.get_metric_history(run.info.run_id, name)) == 1 for name in run.data.metrics)
     before = everything(client)
-    publish(MODEL, 0.2)
+    publish(MODEL, "0.2")
     assert everything(client) == before
 
 
 def test_results_that_are_not_those_in_the_lock_are_refused(client: MlflowClient) -> None:
     write(Path("artifacts") / MODEL / "0.2/evaluation.json", {"perplexity": 1.0})
     with pytest.raises(NumpruneError, match=r"evaluation\.json .* run `dvc repro` first"):
-        publish(MODEL, 0.2)
+        publish(MODEL, "0.2")
     assert client.search_registered_models() == []
 
 

@@ -18,30 +18,31 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    content |= {"models": [MODEL], "ratios": [0.5, 0.2]}
+    content |= {"models": [MODEL], "budgets": ["0.5", "0.2"]}
     Path("params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     write(evaluation_file(MODEL, None), {"perplexity": 20.0})
-    for ratio in content["ratios"]:
+    for budget in content["budgets"]:
+        ratio = float(budget)
         dense = {"parameters": 10_000_000, "checkpoint_bytes": 20_000_000, "peak_memory_bytes": 5e7}
         pruned = {name: value * (1 - ratio) for name, value in dense.items()}
-        write(plan_file(MODEL, ratio), {"achieved_ratio": ratio - 0.001})
-        write(evaluation_file(MODEL, ratio), {"perplexity": 20 + ratio, "perplexity_without_compensation": 30 + ratio})
+        write(plan_file(MODEL, budget), {"achieved_ratio": ratio - 0.001})
+        write(evaluation_file(MODEL, budget), {"perplexity": 20 + ratio, "perplexity_without_compensation": 30 + ratio})
         speeds = {"dense": {**dense, "tokens_per_second": 50.0}, "pruned": {**pruned, "tokens_per_second": 60.0}}
-        write(benchmark_file(MODEL, ratio), speeds)
-    return content["ratios"]
+        write(benchmark_file(MODEL, budget), speeds)
+    return content["budgets"]
 
 
-def test_dense_first_then_rising_ratios(ratios: list[float]) -> None:
-    dense, fifth, half = read_rows(MODEL, ratios)
-    assert (dense["ratio"], fifth["ratio"], half["ratio"]) == (None, 0.2, 0.5)
+def test_dense_first_then_rising_shares(budgets: list[str]) -> None:
+    dense, fifth, half = read_rows(MODEL, budgets)
+    assert (dense["budget"], fifth["budget"], half["budget"]) == (None, "0.2", "0.5")
     assert cells(dense) == ("small", "dense", "10.00 M", "20.0 MB", "20.00", "", "50", "1.00 x", "50 MB")
     assert cells(fifth) == ("small 0.2", "19.9%", "8.00 M", "16.0 MB", "20.20", "30.20", "60", "1.20 x", "40 MB")
 
 
-@pytest.mark.usefixtures("ratios")
+@pytest.mark.usefixtures("budgets")
 def test_table_and_picture_are_written() -> None:
     summarise()
     assert sorted(path.name for path in REPORT.iterdir()) == ["perplexity.png", "summary.json", "summary.md"]

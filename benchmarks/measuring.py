@@ -1,0 +1,133 @@
+"""What the quality benchmarks share: cut a model by a recipe, measure its perplexity, keep every row that is done."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from numprune.architectures import prunable_groups
+from numprune.budget import parse_budget
+from numprune.calibration import draw_samples, evaluation_windows
+from numprune.checkpoint import load_model, load_shapes
+from numprune.choice import rank_model
+from numprune.cutting import cut, twin
+from numprune.device import resolve_device, working_dtype
+from numprune.perplexity import perplexity, window_losses
+from numprune.planning import choose_within
+from numprune.pruning import capture_to
+from numprune.ranking import Ranking
+from numprune.recipe import Recipe
+from numprune.statistics import Measured
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """A dense model, the text it is measured on, and what was measured of it with one calibration.
+
+    Attributes:
+        folder: Of the dense model.
+        evaluation: Text, in the forms that `numprune perplexity` takes.
+        max_tokens: Of the evaluation text.
+        batch_size: Sequences that go through a block together.
+        device: auto, cpu, cuda, ...
+    """
+
+    folder: Path
+    evaluation: str
+    max_tokens: int
+    batch_size: int
+    device: str
+    model: PreTrainedModel = field(init=False)
+    windows: Tensor = field(init=False)
+    _measured: Measured = field(init=False)
+    _rankings: dict[str, dict[str, Ranking]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.place = resolve_device(self.device)
+        self.model = load_model(self.folder, dtype=working_dtype(self.place), device=self.place)
+        self.windows, _ = evaluation_windows(self.evaluation, str(self.folder), max_tokens=self.max_tokens)
+
+    @contextmanager
+    def calibrated(self, data: str, samples: int, seed: int) -> Iterator[None]:
+        """Captures statistics of the dense model for all measurements inside."""
+        input_ids = draw_samples(data, str(self.folder), samples=samples, seed=seed)
+        with tempfile.TemporaryDirectory() as folder:
+            self._measured = Measured(Path(folder), input_ids, self.batch_size, self.place)
+            self._rankings = {}
+            for _ in capture_to(Path(folder), self.model, input_ids, batch_size=self.batch_size, device=self.place):
+                pass
+            yield
+
+    def dense_perplexity(self) -> float:
+        """Perplexity of the dense model."""
+        return self._perplexity(self.model)
+
+    def measure(self, recipe: Recipe, ratio: float) -> Row:
+        """Cuts the model by a recipe: share removed, perplexity, and seconds for the choice and for the cut."""
+        start = time.monotonic()
+        budget = parse_budget(str(ratio))
+        rankings = None if recipe.selection == "box" else self._ranked(recipe)
+        stored = load_shapes(self.folder)
+        choice = choose_within(budget, self.model, stored, recipe, self._measured, rankings=rankings)
+        chosen = time.monotonic()
+        pruned = twin(self.model)
+        for _ in cut(pruned, choice.kept, self._measured, recovery=recipe.recovery, damping=recipe.damping):
+            pass
+        done = time.monotonic()
+        return {
+            "removed": 1 - _parameters(pruned) / _parameters(self.model),
+            "perplexity": self._perplexity(pruned),
+            "seconds_to_choose": chosen - start,
+            "seconds_to_cut": done - chosen,
+        }
+
+    def _ranked(self, recipe: Recipe) -> dict[str, Ranking]:
+        """Rankings of the dense model; recipes that differ in nothing that matters to them share one."""
+        matters = asdict(recipe)
+        for choice in ("recovery", "steps"):
+            matters.pop(choice)
+        matters["shapes"] = recipe.shapes.depth
+        matters["allocation"] = recipe.allocation == "loss_aware"
+        key = repr(matters)
+        if key not in self._rankings:
+            blocks = map(self._measured.block, range(len(prunable_groups(self.model))))
+            self._rankings[key] = dict(rank_model(self.model, blocks, recipe, self._measured, ratio=0.5))
+        return self._rankings[key]
+
+    def _perplexity(self, model: PreTrainedModel) -> float:
+        losses = torch.cat(list(window_losses(model, self.windows, batch_size=self.batch_size, device=self.place)))
+        return perplexity(losses, self.windows.shape[1]).perplexity
+
+
+def collect(path: Path, cases: Sequence[Row], measure: Callable[[Row], Row]) -> Iterator[Row]:
+    """Measures every case that the file does not hold yet, adding it there at once; yields the rows of all cases.
+
+    Args:
+        path: JSON lines.
+        cases: What identifies a row.
+        measure: What a row says beyond its case.
+    """
+    done: list[Row] = []
+    if path.exists():
+        done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for case in cases:
+        row = next((row for row in done if case.items() <= row.items()), None)
+        if row is None:
+            row = case | measure(case)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        yield row
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    return sum(group.parameters for groups in prunable_groups(model) for group in groups)
