@@ -56,9 +56,11 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def choose(model: PreTrainedModel, measured: Measured, ratio: float, recipe: Recipe = Recipe(), **options: Any) -> Choice:
-    """The units that stay when a share of the parameters of all units goes."""
-    return choose_units(model, recipe, *to_remove(model, Budget("ratio", ratio)), measured, **options)
+def choose(
+    model: PreTrainedModel, measured: Measured, ratio: float, recipe: Recipe | None = None, **options: Any
+) -> Choice:
+    """The units that stay when a share of the parameters of all units goes; by the paper's recipe if there is none."""
+    return choose_units(model, recipe or Recipe(), *to_remove(model, Budget("ratio", ratio)), measured, **options)
 
 
 @pytest.fixture(params=CONFIGS)

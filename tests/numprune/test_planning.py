@@ -87,7 +87,7 @@ def test_bytes_are_those_of_the_checkpoint(make_checkpoint, input_ids, tmp_path)
 def test_depth_reaches_what_one_unit_in_every_group_cannot(llama, input_ids, tmp_path):
     measured = measure(llama, input_ids, tmp_path)
     budget = parse_budget("parameters-21k")
-    with pytest.raises(NumpruneError, match="with 1 unit kept in every group the least possible is 22.1 k"):
+    with pytest.raises(NumpruneError, match=r"with 1 unit kept in every group the least possible is 22\.1 k"):
         choose_within(budget, llama, llama, BEST, measured)
     recipe = replace(BEST, shapes=Shapes(depth=True))
     pruned = really_cut(llama, choose_within(budget, llama, llama, recipe, measured).kept)
