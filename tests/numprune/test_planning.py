@@ -141,6 +141,23 @@ def test_a_latency_is_met_as_measured(model, measured, clock, recipe):
     assert choice.lowest_kept.keys() == choice.kept.keys()
 
 
+@pytest.mark.parametrize(
+    "shapes", [Shapes(heads=4, channels=16), Shapes(heads=2, channels=32, uniform=True), Shapes(depth=True)]
+)
+def test_a_latency_is_met_down_to_what_the_shapes_allow(llama, input_ids, tmp_path, clock, shapes):
+    seconds_per_token, _ = clock
+    measured = measure(llama, input_ids, tmp_path)
+    groups = [group for block in prunable_groups(llama) for group in block]
+    smallest = really_cut(llama, {g.name: torch.arange(g.units - shapes.removable(g)[-1]) for g in groups})
+    least = seconds_per_token({"smallest": smallest}, None, 1)["smallest"]
+    recipe = replace(BEST, shapes=shapes)
+    budget = Budget("latency", 1.03 * least)
+    pruned = really_cut(llama, choose_within(budget, llama, llama, recipe, measured).kept)
+    assert least <= seconds_per_token({"pruned": pruned}, None, 1)["pruned"] <= budget.value
+    with pytest.raises(NumpruneError, match=r"cannot be met: with the fewest units that may be kept a token still"):
+        choose_within(Budget("latency", 0.99 * least), llama, llama, recipe, measured)
+
+
 def test_a_latency_out_of_reach_is_refused(llama, input_ids, tmp_path, clock):
     with pytest.raises(NumpruneError, match="latency-1ms cannot be met"):
         choose_within(parse_budget("latency-1ms"), llama, llama, BEST, measure(llama, input_ids, tmp_path))
