@@ -99,8 +99,8 @@ def meet_latency(
 
     Raises:
         ValueError: If the budget is no latency or `attempts` is below 1.
-        NumpruneError: If the dense model is within the budget, if the least that may be kept is still too slow, or if no
-            attempt met the budget.
+        NumpruneError: If the dense model is within the budget, if the least that may be kept is still too slow, or if
+            no attempt met the budget.
     """
     _check_latency(budget)
     if attempts < 1:
