@@ -22,7 +22,7 @@ from numprune.ranking import Ranking
 Allocation = Literal["global", "literal", "uniform", "loss_aware"]
 
 # Shares of a budget below this are rounding.
-_ROUNDING = 1e-9
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)

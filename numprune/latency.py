@@ -76,6 +76,7 @@ def meet_latency(
     budget: Budget,
     choose: Callable[[Costs, float], Mapping[str, Tensor]],
     *,
+    least: Mapping[str, int] | None = None,
     attempts: int = 5,
     repeats: int = 5,
 ) -> Mapping[str, Tensor]:
@@ -89,6 +90,7 @@ def meet_latency(
         budget: A latency.
         choose: Takes costs and the amount of predicted cost to remove, and gives the indices of the units to keep, by
             the group's name; more amount, fewer units.
+        least: Units that every group keeps at least, by its name; by default one.
         attempts: Cut models to measure at most, at least 1.
         repeats: Generations of every measured model.
 
@@ -97,24 +99,26 @@ def meet_latency(
 
     Raises:
         ValueError: If the budget is no latency or `attempts` is below 1.
-        NumpruneError: If the dense model is within the budget, if one unit in every group is still too slow, or if no
-            attempt met the budget.
+        NumpruneError: If the dense model is within the budget, if the least that may be kept is still too slow, or if
+            no attempt met the budget.
     """
     _check_latency(budget)
     if attempts < 1:
         raise ValueError(f"attempts must be at least 1, got {attempts}")
     units = {group.name: group.units for block in prunable_groups(model) for group in block}
-    smallest = _measure_sliced(model, dict.fromkeys(units, torch.arange(1)), budget, repeats)
+    kept_least = "the fewest units that may be kept" if least else "one unit in every group"
+    least = least or dict.fromkeys(units, 1)
+    smallest = _measure_sliced(model, {name: torch.arange(least[name]) for name in units}, budget, repeats)
     if smallest > budget.value:
         raise NumpruneError(
-            f"{budget} cannot be met: with one unit in every group a token still takes "
+            f"{budget} cannot be met: with {kept_least} a token still takes "
             f"{readable(smallest, 'latency', ROUND_UP)} at batch {budget.batch} and prompts of {budget.length} tokens."
         )
     costs = measured_costs(model, budget, repeats=repeats)
     dense = costs.total(units)
     amount_over(dense, budget)
     # A hair less than all: rounding must not ask for more than can go.
-    most = (1 - 1e-9) * (dense - costs.total(dict.fromkeys(units, 1)))
+    most = (1 - 1e-9) * (dense - costs.total(least))
     too_slow, fast_enough = (0.0, dense), (most, smallest)  # Pairs of the amount to remove and the seconds reached.
     best: tuple[float, Mapping[str, Tensor]] | None = None
     for _ in range(attempts):

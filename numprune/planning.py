@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from numprune.architectures import prunable_groups
 from numprune.budget import Budget, Costs, to_remove
 from numprune.choice import choose_units
 from numprune.errors import NumpruneError
@@ -50,7 +51,9 @@ def choose_within(
         return choices[-1].kept
 
     if budget.kind == "latency":
-        kept = meet_latency(stored, budget, choose)
+        groups = [group for block in prunable_groups(model) for group in block]
+        least = {group.name: group.units - recipe.shapes.removable(group)[-1] for group in groups}
+        kept = meet_latency(stored, budget, choose, least=least)
     else:
         kept = choose(*to_remove(stored, budget, minimum=0 if recipe.shapes.depth else 1))
     return next(choice for choice in choices if choice.kept is kept)

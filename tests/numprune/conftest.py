@@ -16,6 +16,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from numprune.budget import Budget, to_remove
+from numprune.choice import Choice, choose_units
+from numprune.recipe import Recipe
+from numprune.statistics import Measured
+
 TEXT = Path(__file__).read_text(encoding="utf-8") * 3
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -49,6 +54,13 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def choose(
+    model: PreTrainedModel, measured: Measured, ratio: float, recipe: Recipe | None = None, **options: Any
+) -> Choice:
+    """The units that stay when a share of the parameters of all units goes; by the paper's recipe if there is none."""
+    return choose_units(model, recipe or Recipe(), *to_remove(model, Budget("ratio", ratio)), measured, **options)
 
 
 @pytest.fixture(params=CONFIGS)

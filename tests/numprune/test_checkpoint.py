@@ -15,10 +15,12 @@ from numprune.capture import capture
 from numprune.checkpoint import check_output, fingerprint, load_model, save_pruned
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan, Source, make_plan
-from numprune.pruning import Measured, Recipe, apply_plan, capture_to, score_directions, scores_at
+from numprune.pruning import apply_plan, capture_to
+from numprune.recipe import Recipe
 from numprune.samples import load_samples
 from numprune.slicing import add_bias
-from tests.numprune.conftest import CONFIGS
+from numprune.statistics import Measured
+from tests.numprune.conftest import CONFIGS, choose
 
 INPUT_IDS = torch.randint(300, (12, 24), generator=torch.Generator().manual_seed(1))
 
@@ -32,13 +34,13 @@ def pruned(folder, statistics, ratio=0.4, gone=(), recovery="least_squares"):
     """A model pruned by the library's steps and, where they are named, of whole modules; and its plan."""
     model = load_model(folder)
     list(capture_to(statistics, model, INPUT_IDS, batch_size=4))
-    directions = dict(score_directions(model, statistics, Recipe()))
+    measured = Measured(statistics, INPUT_IDS, batch_size=4)
     groups = [group for block in prunable_groups(model) for group in block]
     source = Source(str(folder), None, fingerprint(folder), "none")
-    plan = make_plan(groups, scores_at(directions, ratio), ratio, source=source, recipe={})
+    plan = make_plan(groups, choose(model, measured, ratio), str(ratio), source=source, recipe=Recipe())
     removed = {name: replace(plan.groups[name], kept=(), lowest_kept=None) for name in gone}
     plan = replace(plan, groups={**plan.groups, **removed})
-    list(apply_plan(model, plan, Measured(statistics, INPUT_IDS, batch_size=4), recovery=recovery))
+    list(apply_plan(model, plan, measured, recovery=recovery))
     return model, plan
 
 

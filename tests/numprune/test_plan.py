@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 
 from numprune.architectures import prunable_groups
 from numprune.errors import NumpruneError
-from numprune.plan import PruningPlan, Source, _from_ranges, _to_ranges, make_plan
+from numprune.plan import FORMAT, PruningPlan, Source, _from_ranges, _to_ranges, make_plan
+from numprune.ranking import Ranking
+from numprune.recipe import Recipe
+from numprune.statistics import Measured
+from tests.numprune.conftest import choose
 
 SOURCE = Source("models/dense", None, "a" * 64, "b" * 64)
 
@@ -19,10 +23,12 @@ def groups(llama):
 
 
 @pytest.fixture
-def plan(groups):
+def plan(llama, groups, input_ids, tmp_path):
     generator = torch.Generator().manual_seed(0)
     scores = {group.name: torch.randn(group.units, generator=generator) for group in groups}
-    return make_plan(groups, scores, 0.4, source=SOURCE, recipe={"penalty": float("inf")})
+    rankings = {name: Ranking(score, score.argsort()) for name, score in scores.items()}
+    choice = choose(llama, Measured(tmp_path, input_ids), 0.4, rankings=rankings)
+    return make_plan(groups, choice, "0.4", source=SOURCE, recipe=Recipe())
 
 
 def test_a_file_brings_the_plan_back(plan, tmp_path):
@@ -31,15 +37,27 @@ def test_a_file_brings_the_plan_back(plan, tmp_path):
     assert loaded.groups == plan.groups
     assert loaded.source == plan.source
     assert loaded.achieved_ratio == plan.achieved_ratio
+    assert (loaded.budget, loaded.threshold) == (plan.budget, plan.threshold)
 
 
 def test_the_file_says_what_a_reader_asks(plan, tmp_path):
     plan.save(tmp_path / "plan.json")
     content = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
-    assert content["requested_ratio"] == 0.4
+    assert content["format"] == FORMAT
+    assert content["budget"] == "0.4"
     assert content["achieved_ratio"] == pytest.approx(0.4, abs=0.02)
     assert content["parameters"] == {"dense": plan.dense_parameters, "pruned": plan.kept_parameters}
-    assert content["recipe"] == {"penalty": "inf", "threshold": "parameters"}
+    assert content["recipe"] == {
+        "selection": "newton",
+        "allocation": "global",
+        "recovery": "least_squares",
+        "steps": 1,
+        "planning_samples": 32,
+        "shapes": {"heads": 1, "channels": 1, "uniform": False, "depth": False},
+        "penalty": "inf",
+        "damping": 1e-6,
+        "seed": 0,
+    }
     for group in content["groups"].values():
         assert group["highest_removed"] is None or group["highest_removed"] <= content["threshold"]
 

@@ -7,17 +7,12 @@ import torch
 
 from numprune.architectures import linear, prunable_groups
 from numprune.plan import Source, make_plan
-from numprune.pruning import (
-    Measured,
-    Recipe,
-    apply_plan,
-    capture_to,
-    prunable_parameters,
-    score_directions,
-    scores_at,
-)
+from numprune.pruning import apply_plan, capture_to, prunable_parameters
+from numprune.recipe import Recipe
 from numprune.recovery import RIDGE, Recovery, Streams
 from numprune.slicing import channel_indices, slice_block
+from numprune.statistics import Measured
+from tests.numprune.conftest import choose
 
 SOURCE = Source("test", None, "", "")
 
@@ -30,9 +25,8 @@ def measured(model, input_ids, tmp_path):
 
 @pytest.fixture
 def plan(model, measured):
-    directions = dict(score_directions(model, measured.statistics, Recipe()))
     groups = [group for block in prunable_groups(model) for group in block]
-    return make_plan(groups, scores_at(directions, 0.4), 0.4, source=SOURCE, recipe={})
+    return make_plan(groups, choose(model, measured, 0.4), "0.4", source=SOURCE, recipe=Recipe())
 
 
 def observed(block, path, states, arguments):
@@ -127,8 +121,7 @@ def test_whole_modules_may_go(model, plan, measured, input_ids, recovery):
     assert [group.name for group in left] == ["0.mlp", "2.attention"]
 
     list(capture_to(measured.statistics, model, input_ids, batch_size=5))
-    directions = dict(score_directions(model, measured.statistics, Recipe()))
-    again = make_plan(left, scores_at(directions, 0.3), 0.3, source=SOURCE, recipe={})
+    again = make_plan(left, choose(model, measured, 0.3), "0.3", source=SOURCE, recipe=Recipe())
     list(apply_plan(model, again, measured, recovery=recovery))
     assert prunable_parameters(model) == again.kept_parameters < again.dense_parameters
     assert torch.isfinite(model(input_ids).logits).all()
