@@ -58,6 +58,7 @@ _NOTEWORTHY = 0.002
 
 
 def compare(
+    *,
     model: Annotated[Path, typer.Option(help="Folder of the dense model.")] = Path("models/reference-llama"),
     calibration: Annotated[str, typer.Option(help="Text to calibrate on.")] = "data/corpus/calibration.jsonl",
     evaluation: Annotated[str, typer.Option(help="Text to measure perplexity on.")] = "data/corpus/evaluation.jsonl",
@@ -74,7 +75,7 @@ def compare(
 ) -> None:
     """Compares recipes: perplexity at several ratios, mean and spread over the calibration seeds.
 
-    The recipes of the curves are measured at all ratios with all seeds, the others at 20 % and 50 % with the first seed.
+    The recipes of the curves are measured at all ratios with all seeds, the others at 20 % and 50 % with the first.
     """
     names = list(VARIANTS) if recipes == "all" else [name.strip() for name in recipes.split(";")]
     if unknown := [name for name in names if name not in VARIANTS]:

@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import yaml
 
-from numprune.errors import NumpruneError
 from numprune.allocation import Shapes
+from numprune.errors import NumpruneError
 from numprune.recipe import RECIPES
 from tasks.parameters import RecipeChoice, load_parameters
 
