@@ -197,4 +197,4 @@ def test_results_that_are_not_those_in_the_lock_are_refused(client: MlflowClient
 @pytest.mark.usefixtures("client")
 def test_stage_that_has_not_run() -> None:
     with pytest.raises(NumpruneError, match=r"0\.7/plan\.json is missing"):
-        publish(MODEL, 0.7)
+        publish(MODEL, "0.7")
