@@ -108,7 +108,7 @@ def compare(
 
 
 def _table(rows: list[Row], dense: float) -> str:
-    """Perplexity and how much less than the paper's recipe it exceeds the dense model's."""
+    """Perplexity, and its excess over dense as a share of that of the paper's recipe with the same seeds."""
     ratios = [ratio for ratio in TABLE_RATIOS if any(row["ratio"] == ratio for row in rows)]
     shares = " | ".join(f"{ratio:.0%} | damage" for ratio in ratios)
     lines = [f"| recipe | {shares} |", "|---" * (1 + 2 * len(ratios)) + "|"]
@@ -116,8 +116,9 @@ def _table(rows: list[Row], dense: float) -> str:
     for name in dict.fromkeys(row["recipe"] for row in rows):
         cells = []
         for ratio in ratios:
-            mine = _at(rows, name, ratio)
-            paper = _at(rows, "paper", ratio)
+            by_seed, paper_by_seed = _at(rows, name, ratio), _at(rows, "paper", ratio)
+            mine = list(by_seed.values())
+            paper = [paper_by_seed[seed] for seed in by_seed if seed in paper_by_seed]
             damage = (statistics.mean(mine) - dense) / (statistics.mean(paper) - dense) if paper else None
             value = f"{statistics.mean(mine):.2f}" + (f" ± {statistics.stdev(mine):.2f}" if len(mine) > 1 else "")
             removed = statistics.mean(row["removed"] for row in rows if (row["recipe"], row["ratio"]) == (name, ratio))
@@ -128,15 +129,16 @@ def _table(rows: list[Row], dense: float) -> str:
     return "\n".join(lines)
 
 
-def _at(rows: list[Row], recipe: str, ratio: float) -> list[float]:
-    return [row["perplexity"] for row in rows if row["recipe"] == recipe and row["ratio"] == ratio]
+def _at(rows: list[Row], recipe: str, ratio: float) -> dict[int, float]:
+    """Perplexities by calibration seed."""
+    return {row["seed"]: row["perplexity"] for row in rows if (row["recipe"], row["ratio"]) == (recipe, ratio)}
 
 
 def _plot(rows: list[Row], dense: float, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name in (name for name in CURVES if any(row["recipe"] == name for row in rows)):
         ratios = sorted({row["ratio"] for row in rows if row["recipe"] == name})
-        values = [_at(rows, name, ratio) for ratio in ratios]
+        values = [list(_at(rows, name, ratio).values()) for ratio in ratios]
         (line,) = axes.plot([100 * r for r in ratios], [statistics.mean(v) for v in values], marker="o", label=name)
         low, high = [min(v) for v in values], [max(v) for v in values]
         axes.fill_between([100 * r for r in ratios], low, high, color=line.get_color(), alpha=0.2)
