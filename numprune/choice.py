@@ -104,8 +104,8 @@ def choose_units(
     """
     search = _Search(model, recipe, costs, measured, watch)
     for step in range(1, recipe.steps + 1):
-        title = f"plan {step}/{recipe.steps}" if recipe.steps > 1 else "plan"
-        search.advance(amount * step / recipe.steps, rankings, title)
+        prefix = f"step {step} of {recipe.steps} " if recipe.steps > 1 else ""
+        search.advance(amount * step / recipe.steps, rankings, prefix)
         rankings = None
     return search.choice()
 
@@ -114,7 +114,7 @@ class _Search:
     """What has been decided so far, and the model as it then is."""
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, costs: Costs, measured: Measured, watch: Watch) -> None:
-        self._model, self._recipe, self._costs, self._measured = model, recipe, costs, measured
+        self._model, self._recipe, self._costs = model, recipe, costs
         self._planning = replace(measured, input_ids=measured.input_ids[: recipe.planning_samples])
         self._watch = watch
         self._dense = _groups(model)
@@ -123,10 +123,10 @@ class _Search:
         self._highest_removed: dict[str, float | None] = dict.fromkeys(self._kept)
         self._threshold = -math.inf
 
-    def advance(self, amount: float, rankings: Mapping[str, Ranking] | None, title: str) -> None:
+    def advance(self, amount: float, rankings: Mapping[str, Ranking] | None, prefix: str) -> None:
         """Removes units until so much of the dense model's cost is gone."""
         fresh = all(len(self._kept[group.name]) == group.units for group in self._dense)
-        model = self._model if fresh else self._cut_so_far(title)
+        model = self._model if fresh else self._cut_so_far(prefix)
         groups = _groups(model)
         left = self._cost(groups)
         amount -= self._cost(self._dense) - left
@@ -134,7 +134,7 @@ class _Search:
             return
         ratio = amount / left
         if rankings is None:
-            rankings = self._rank(model, ratio, title)
+            rankings = self._rank(model, ratio, prefix)
         if self._recipe.allocation == "literal":
             allocated = allocate_literally(groups, _masks(rankings, ratio, self._recipe.selection), ratio)
         else:
@@ -154,22 +154,22 @@ class _Search:
     def _cost(self, groups: Sequence[PrunableGroup]) -> float:
         return sum(group.units * self._costs.unit[group.name] for group in groups)
 
-    def _cut_so_far(self, title: str) -> PreTrainedModel:
+    def _cut_so_far(self, prefix: str) -> PreTrainedModel:
         model = twin(self._model)
         recipe = self._recipe
         blocks = cut(model, self._kept, self._planning, recovery=recipe.recovery, damping=recipe.damping)
-        for _ in self._watch(blocks, len(decoder_blocks(model)), f"{title}: recover"):
+        for _ in self._watch(blocks, len(decoder_blocks(model)), f"{prefix}recover"):
             pass
         return model
 
-    def _rank(self, model: PreTrainedModel, ratio: float, title: str) -> dict[str, Ranking]:
+    def _rank(self, model: PreTrainedModel, ratio: float, prefix: str) -> dict[str, Ranking]:
         planning = self._planning
         if model is self._model:
             statistics: Iterable[BlockStatistics] = map(planning.block, range(len(decoder_blocks(model))))
         else:
             statistics = capture(model, planning.input_ids, batch_size=planning.batch_size, device=planning.device)
         ranked = rank_model(model, statistics, self._recipe, planning, ratio=ratio)
-        return dict(self._watch(ranked, len(_groups(model)), f"{title}: rank"))
+        return dict(self._watch(ranked, len(_groups(model)), f"{prefix}rank"))
 
     def _remove(self, allocated: Allocated, rankings: Mapping[str, Ranking]) -> None:
         self._threshold = max(self._threshold, allocated.threshold)

@@ -73,6 +73,7 @@ def test_error_of_dvc_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("capture 3/6, 12 s left", Progress("capture", 3, 6)),
         ("evaluate without compensation 1/32, 4 s left", Progress("evaluate without compensation", 1, 32)),
+        ("step 2 of 3 rank 1/12, 3 s left", Progress("step 2 of 3 rank", 1, 12)),
         ("capture 0/0", None),
         ("loaded 3 of 6", None),
         ("/tmp/1/2", None),

@@ -270,10 +270,10 @@ def test_progress_is_shown_for_every_step(llama, of_llama):
         return silent(steps, total, title)
 
     choose(llama, of_llama, 0.3, replace(BEST, steps=2), watch=watch)
-    assert titles == [("plan 1/2: rank", 6), ("plan 2/2: recover", 3), ("plan 2/2: rank", 6)]
+    assert titles == [("step 1 of 2 rank", 6), ("step 2 of 2 recover", 3), ("step 2 of 2 rank", 6)]
     titles.clear()
     choose(llama, of_llama, 0.3, BEST, watch=watch)
-    assert titles == [("plan: rank", 6)]
+    assert titles == [("rank", 6)]
 
 
 # ---- Repeatable
