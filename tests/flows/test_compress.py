@@ -96,12 +96,12 @@ print(json.dumps({"parameters": model.num_parameters(), "tags": candidate.tags})
 
 
 def test_another_budget_redoes_nothing_before_the_plan(checkout: Checkout) -> None:
-    checkout.edit_parameters(lambda content: content.update(budgets=[0.2, "size-120kB"]))
+    checkout.edit_parameters(lambda content: content.update(budgets=[0.2, "size-300kB"]))
     run = checkout.compress()
     assert run.code == 0, run.output
     assert run.ran == FROM_PRUNE_ON
     assert run.ended[f"evaluate@{MODEL}-0.2"] == "Unchanged"
-    assert run.ended[f"evaluate@{MODEL}-size-120kB"] == "Completed"
+    assert run.ended[f"evaluate@{MODEL}-size-300kB"] == "Completed"
     assert "5 stages run, 9 unchanged; 1 of 2 versions newly published." in run.output
 
 
