@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,14 +21,25 @@ from numprune.checkpoint import load_model, load_shapes
 from numprune.choice import rank_model
 from numprune.cutting import cut, twin
 from numprune.device import resolve_device, working_dtype
+from numprune.errors import NumpruneError
 from numprune.perplexity import perplexity, window_losses
 from numprune.planning import choose_within
-from numprune.pruning import capture_to
+from numprune.pruning import capture_to, prunable_parameters
 from numprune.ranking import Ranking
 from numprune.recipe import Recipe
 from numprune.statistics import Measured
 
 Row = dict[str, Any]
+
+Model = Annotated[Path, typer.Option(help="Folder of the dense model.")]
+Evaluation = Annotated[str, typer.Option(help="Text to measure perplexity on.")]
+Seeds = Annotated[str, typer.Option(help="Of the draws of calibration sequences.")]
+MaxTokens = Annotated[int, typer.Option(help="Of the evaluation text.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences that are computed together.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Output = Annotated[
+    Path, typer.Option(help="Folder for rows and what is made of them; rows that are there are not measured again.")
+]
 
 
 @dataclass
@@ -73,19 +85,25 @@ class Bench:
         return self._perplexity(self.model)
 
     def measure(self, recipe: Recipe, ratio: float) -> Row:
-        """Cuts the model by a recipe: share removed, perplexity, and seconds for the choice and for the cut."""
+        """Cuts the model by a recipe: share removed, perplexity, and seconds for the choice and for the cut.
+
+        A ratio that the recipe cannot reach on this model gives a row that says why, and no perplexity.
+        """
         start = time.monotonic()
         budget = parse_budget(str(ratio))
         rankings = None if recipe.selection == "box" else self._ranked(recipe)
         stored = load_shapes(self.folder)
-        choice = choose_within(budget, self.model, stored, recipe, self._measured, rankings=rankings)
+        try:
+            choice = choose_within(budget, self.model, stored, recipe, self._measured, rankings=rankings)
+        except NumpruneError as error:
+            return {"impossible": str(error)}
         chosen = time.monotonic()
         pruned = twin(self.model)
         for _ in cut(pruned, choice.kept, self._measured, recovery=recipe.recovery, damping=recipe.damping):
             pass
         done = time.monotonic()
         return {
-            "removed": 1 - _parameters(pruned) / _parameters(self.model),
+            "removed": 1 - prunable_parameters(pruned) / prunable_parameters(self.model),
             "perplexity": self._perplexity(pruned),
             "seconds_to_choose": chosen - start,
             "seconds_to_cut": done - chosen,
@@ -127,7 +145,3 @@ def collect(path: Path, cases: Sequence[Row], measure: Callable[[Row], Row]) -> 
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         yield row
-
-
-def _parameters(model: PreTrainedModel) -> int:
-    return sum(group.parameters for groups in prunable_groups(model) for group in groups)

@@ -11,7 +11,7 @@ from typing import Annotated
 import matplotlib
 import typer
 
-from benchmarks.measuring import Bench, Row, collect
+from benchmarks.measuring import BatchSize, Bench, Device, Evaluation, MaxTokens, Model, Output, Row, Seeds, collect
 from numprune.allocation import Shapes
 from numprune.calibration import check_data
 from numprune.errors import NumpruneError
@@ -59,19 +59,17 @@ _NOTEWORTHY = 0.002
 
 def compare(
     *,
-    model: Annotated[Path, typer.Option(help="Folder of the dense model.")] = Path("models/reference-llama"),
+    model: Model = Path("models/reference-llama"),
     calibration: Annotated[str, typer.Option(help="Text to calibrate on.")] = "data/corpus/calibration.jsonl",
-    evaluation: Annotated[str, typer.Option(help="Text to measure perplexity on.")] = "data/corpus/evaluation.jsonl",
+    evaluation: Evaluation = "data/corpus/evaluation.jsonl",
     ratios: Annotated[str, typer.Option(help="Of the curves.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7",
-    seeds: Annotated[str, typer.Option(help="Of the draws of calibration sequences.")] = "0,1,2",
+    seeds: Seeds = "0,1,2",
     recipes: Annotated[str, typer.Option(help="Names to compare, separated by ;, or all.")] = "all",
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
-    max_tokens: Annotated[int, typer.Option(help="Of the evaluation text.")] = 65536,
-    batch_size: Annotated[int, typer.Option(help="Sequences that are computed together.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    output: Annotated[
-        Path, typer.Option(help="Folder for rows, table and plot; rows that are there are not measured again.")
-    ] = Path("report/quality"),
+    max_tokens: MaxTokens = 65536,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    output: Output = Path("report/quality"),
 ) -> None:
     """Compares recipes: perplexity at several ratios, mean and spread over the calibration seeds.
 
@@ -85,26 +83,28 @@ def compare(
     points, draws = [float(r) for r in ratios.split(",")], [int(s) for s in seeds.split(",")]
     output.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, evaluation, max_tokens, batch_size, device)
+    protocol: Row = {"model": str(model), "calibration": calibration, "samples": samples}
+    protocol |= {"evaluation": evaluation, "max_tokens": max_tokens}
     rows = []
     for seed in draws:
         cases: list[Row] = []
         for name in names:
             measured_at = points if name in CURVES else [r for r in points if r in TABLE_RATIOS and seed == draws[0]]
-            cases += [{"model": str(model), "recipe": name, "seed": seed, "ratio": ratio} for ratio in measured_at]
+            cases += [protocol | {"recipe": name, "seed": seed, "ratio": ratio} for ratio in measured_at]
         with bench.calibrated(calibration, samples, seed):
             found = collect(
                 output / "rows.jsonl", cases, lambda case: bench.measure(VARIANTS[case["recipe"]], case["ratio"])
             )
             rows += list(track(found, len(cases), f"quality, seed {seed}"))
     dense = bench.dense_perplexity()
-    protocol = (
+    stated = (
         f"{model.name}: {len(bench.windows)} windows of {bench.windows.shape[1]} tokens of {evaluation}; {samples} "
         f"sequences of {calibration}, seeds {seeds}; {bench.place}."
     )
     table = _table(rows, dense)
-    (output / "quality.md").write_text(f"{table}\n\n{protocol}\n", encoding="utf-8")
+    (output / "quality.md").write_text(f"{table}\n\n{stated}\n", encoding="utf-8")
     _plot(rows, dense, output / "quality.png")
-    print(table, protocol, sep="\n\n")
+    print(table, stated, sep="\n\n")
 
 
 def _table(rows: list[Row], dense: float) -> str:
@@ -117,11 +117,17 @@ def _table(rows: list[Row], dense: float) -> str:
         cells = []
         for ratio in ratios:
             by_seed, paper_by_seed = _at(rows, name, ratio), _at(rows, "paper", ratio)
+            if not by_seed:
+                cells += ["not possible", ""]
+                continue
             mine = list(by_seed.values())
             paper = [paper_by_seed[seed] for seed in by_seed if seed in paper_by_seed]
             damage = (statistics.mean(mine) - dense) / (statistics.mean(paper) - dense) if paper else None
             value = f"{statistics.mean(mine):.2f}" + (f" ± {statistics.stdev(mine):.2f}" if len(mine) > 1 else "")
-            removed = statistics.mean(row["removed"] for row in rows if (row["recipe"], row["ratio"]) == (name, ratio))
+            case = {"recipe": name, "ratio": ratio}
+            removed = statistics.mean(
+                row["removed"] for row in rows if case.items() <= row.items() and "removed" in row
+            )
             if abs(removed - ratio) > _NOTEWORTHY:
                 value += f" ({removed:.1%} removed)"
             cells += [value, "" if damage is None else f"{damage:.2f}"]
@@ -130,14 +136,15 @@ def _table(rows: list[Row], dense: float) -> str:
 
 
 def _at(rows: list[Row], recipe: str, ratio: float) -> dict[int, float]:
-    """Perplexities by calibration seed."""
-    return {row["seed"]: row["perplexity"] for row in rows if (row["recipe"], row["ratio"]) == (recipe, ratio)}
+    """Perplexities by calibration seed; empty where the recipe cannot reach the ratio."""
+    mine = (row for row in rows if (row["recipe"], row["ratio"]) == (recipe, ratio) and "impossible" not in row)
+    return {row["seed"]: row["perplexity"] for row in mine}
 
 
 def _plot(rows: list[Row], dense: float, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name in (name for name in CURVES if any(row["recipe"] == name for row in rows)):
-        ratios = sorted({row["ratio"] for row in rows if row["recipe"] == name})
+        ratios = sorted({row["ratio"] for row in rows if _at(rows, name, row["ratio"])})
         values = [list(_at(rows, name, ratio).values()) for ratio in ratios]
         (line,) = axes.plot([100 * r for r in ratios], [statistics.mean(v) for v in values], marker="o", label=name)
         low, high = [min(v) for v in values], [max(v) for v in values]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.measuring import Bench, Row, collect
+from benchmarks.measuring import BatchSize, Bench, Device, Evaluation, MaxTokens, Model, Output, Row, Seeds, collect
 from numprune.calibration import check_data
 from numprune.progress import track
 from numprune.recipe import RECIPES
@@ -20,17 +20,15 @@ RATIOS = (0.2, 0.5)
 
 def spread(
     *,
-    model: Annotated[Path, typer.Option(help="Folder of the dense model.")] = Path("models/reference-llama"),
+    model: Model = Path("models/reference-llama"),
     calibration: Annotated[list[str] | None, typer.Option(help="Texts to calibrate on; repeat it for several.")] = None,
-    evaluation: Annotated[str, typer.Option(help="Text to measure perplexity on.")] = "data/corpus/evaluation.jsonl",
+    evaluation: Evaluation = "data/corpus/evaluation.jsonl",
     samples: Annotated[str, typer.Option(help="Numbers of calibration sequences.")] = "16,64,256,1024",
-    seeds: Annotated[str, typer.Option(help="Of the draws of calibration sequences.")] = "0,1,2",
-    max_tokens: Annotated[int, typer.Option(help="Of the evaluation text.")] = 65536,
-    batch_size: Annotated[int, typer.Option(help="Sequences that are computed together.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    output: Annotated[
-        Path, typer.Option(help="Folder for rows and table; rows that are there are not measured again.")
-    ] = Path("report/robustness"),
+    seeds: Seeds = "0,1,2",
+    max_tokens: MaxTokens = 65536,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    output: Output = Path("report/robustness"),
 ) -> None:
     """Measures every preset at 20 % and 50 % for each size, text and draw of the calibration: mean and spread."""
     texts = calibration or ["data/corpus/calibration.jsonl"]
@@ -38,8 +36,9 @@ def spread(
         check_data(text)
     output.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, evaluation, max_tokens, batch_size, device)
-    draws = [
-        {"model": str(model), "calibration": text, "samples": int(count), "seed": int(seed)}
+    protocol: Row = {"model": str(model), "evaluation": evaluation, "max_tokens": max_tokens}
+    draws: list[Row] = [
+        protocol | {"calibration": text, "samples": int(count), "seed": int(seed)}
         for text in texts
         for count in samples.split(",")
         for seed in seeds.split(",")
@@ -65,13 +64,17 @@ def _table(rows: list[Row]) -> str:
     ]
     for text, count in dict.fromkeys((row["calibration"], row["samples"]) for row in rows):
         cells = []
+        draws = {row["seed"] for row in rows if (row["calibration"], row["samples"]) == (text, count)}
         for recipe, ratio in columns:
             case = {"calibration": text, "samples": count, "recipe": recipe, "ratio": ratio}
-            values = [row["perplexity"] for row in rows if case.items() <= row.items()]
+            values = [row["perplexity"] for row in rows if case.items() <= row.items() and "impossible" not in row]
+            if not values:
+                cells.append("not possible")
+                continue
             cells.append(
                 f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if values[1:] else "")
             )
-        lines.append(f"| {Path(text).name} | {count} | {len(values)} | {' | '.join(cells)} |")
+        lines.append(f"| {Path(text).name} | {count} | {len(draws)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
