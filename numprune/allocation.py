@@ -73,7 +73,8 @@ def allocate(
     """Decides how many units every group gives up.
 
     Units that no longer fit the budget are passed over while smaller ones still do; at the end the one goes that
-    overshoots it least. What is removed is so at least the amount, and more by less than the smallest unit.
+    overshoots it least. What is removed is so at least the amount; the excess is less than the smallest unit that a
+    group could still give up before the last one went.
 
     Args:
         groups: All prunable groups of the model.

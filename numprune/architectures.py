@@ -109,6 +109,15 @@ def prunable_groups(model: PreTrainedModel) -> list[list[PrunableGroup]]:
     return blocks
 
 
+def all_groups(model: PreTrainedModel) -> list[PrunableGroup]:
+    """The prunable groups of all decoder blocks, in order.
+
+    Raises:
+        NumpruneError: If the architecture is not supported.
+    """
+    return [group for groups in prunable_groups(model) for group in groups]
+
+
 def layer_widths(model: PreTrainedModel) -> list[dict[str, int]]:
     """The widths of every decoder block under the names that transformers' configurations use; 0 where it is absent."""
     widths = []

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
-from numprune.architectures import PrunableGroup, decoder_blocks, head_dim, linear, prunable_groups
+from numprune.architectures import PrunableGroup, all_groups, decoder_blocks, head_dim, linear
 from numprune.errors import NumpruneError
 
 BudgetKind = Literal["ratio", "parameters", "size", "memory", "flops", "latency"]
@@ -147,7 +147,7 @@ def linear_costs(model: PreTrainedModel, budget: Budget) -> Costs:
     """
     if budget.kind == "latency":
         raise ValueError("budget must not be of the kind latency, which is measured: see numprune.latency")
-    groups = [group for block in prunable_groups(model) for group in block]
+    groups = all_groups(model)
     unit = {group.name: _unit_cost(model, group, budget) for group in groups}
     if budget.kind == "ratio":
         return Costs(0, unit)
@@ -174,7 +174,7 @@ def to_remove(model: PreTrainedModel, budget: Budget, *, minimum: int = 1) -> tu
         NumpruneError: If the dense model is within the budget, or no pruned one can be.
     """
     costs = linear_costs(model, budget)
-    units = {group.name: group.units for block in prunable_groups(model) for group in block}
+    units = {group.name: group.units for group in all_groups(model)}
     dense = costs.total(units)
     least = costs.total({name: min(minimum, count) for name, count in units.items()})
     kept = f"with {minimum} unit{'s' * (minimum != 1)} kept in every group"

@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from numprune.architectures import KINDS, check_supported, decoder_blocks, prunable_groups
+from numprune.architectures import KINDS, all_groups, check_supported, decoder_blocks, prunable_groups
 from numprune.budget import linear_costs, readable
 from numprune.calibration import check_data, draw_samples, evaluation_windows
 from numprune.checkpoint import check_output, fetch, load_config, load_model, load_shapes, save_pruned, weight_bytes
@@ -167,7 +167,7 @@ def _plan(job: Job, statistics: Path) -> tuple[PreTrainedModel, PruningPlan, Mea
     """Captures, ranks and plans; returns the dense model, the plan and what it draws on."""
     input_ids = draw_samples(job.calibration, str(job.folder), samples=job.samples, length=job.length, seed=job.seed)
     dense = load_model(job.folder, dtype=working_dtype(job.place))
-    groups = [group for block in prunable_groups(dense) for group in block]
+    groups = all_groups(dense)
     measured = Measured(statistics, input_ids, job.batch_size, job.place)
     captured = capture_to(statistics, dense, input_ids, batch_size=job.batch_size, device=job.place)
     for _ in track(captured, len(decoder_blocks(dense)), "capture"):

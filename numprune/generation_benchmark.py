@@ -5,7 +5,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -39,16 +39,22 @@ class Cost:
 
 @torch.no_grad()
 def timed_generations(
-    models: dict[str, PreTrainedModel], *, prompt_length: int, new_tokens: int, repeats: int, seed: int = 0
+    models: Mapping[str, PreTrainedModel],
+    *,
+    batch: int = 1,
+    prompt_length: int,
+    new_tokens: int,
+    repeats: int,
+    seed: int = 0,
 ) -> Iterator[tuple[str, float]]:
     """Generates greedily with several models in turn, so that drift of the machine hits all; yields name and seconds.
 
     One generation of each model warms up and is not yielded. The prompt is random tokens and no end token stops the
-    generation: all models do the same work.
+    generation: all models do the same work. Every sequence of a batch has the same prompt.
     """
     for repeat in range(repeats + 1):
         for name, model in models.items():
-            prompt = _prompt(model, prompt_length, seed)
+            prompt = _prompt(model, batch, prompt_length, seed)
             _synchronize(model)
             start = time.perf_counter()
             generate(model, prompt, new_tokens)
@@ -87,7 +93,7 @@ def cost(folder: Path, seconds: list[float], *, prompt_length: int, new_tokens: 
 def _measure_memory(folder: Path, prompt_length: int, new_tokens: int, device: str) -> tuple[int, int]:
     before = _restart_peak_resident_bytes()
     model = load_model(folder, device=device)
-    generate(model, _prompt(model, prompt_length, seed=0), new_tokens)
+    generate(model, _prompt(model, 1, prompt_length, seed=0), new_tokens)
     on_gpu = model.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else _peak_resident_bytes() - before
     return model.num_parameters(), peak
@@ -109,9 +115,10 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _prompt(model: PreTrainedModel, length: int, seed: int) -> Tensor:
+def _prompt(model: PreTrainedModel, batch: int, length: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
+    prompt = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    return prompt.expand(batch, -1).to(model.device)
 
 
 def _synchronize(model: PreTrainedModel) -> None:

@@ -5,16 +5,16 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from decimal import ROUND_UP
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from numprune.architectures import KINDS, PrunableGroup, decoder_blocks, prunable_groups
+from numprune.architectures import KINDS, PrunableGroup, all_groups, decoder_blocks, prunable_groups
 from numprune.budget import Budget, Costs, amount_over, readable
 from numprune.errors import NumpruneError
 from numprune.generation_benchmark import timed_generations
+from numprune.plan import Choice
 from numprune.slicing import slice_block
 
 NEW_TOKENS = 64
@@ -32,10 +32,11 @@ def seconds_per_token(models: Mapping[str, PreTrainedModel], budget: Budget, rep
         budget: Its batch and length are what is generated from.
         repeats: Generations of every model, at least 1; one more warms up.
     """
-    batches: Any = {name: _Batch(model, budget.batch) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    work = {"prompt_length": budget.length, "new_tokens": NEW_TOKENS, "repeats": repeats}
-    for name, elapsed in timed_generations(batches, **work):
+    generations = timed_generations(
+        models, batch=budget.batch, prompt_length=budget.length, new_tokens=NEW_TOKENS, repeats=repeats
+    )
+    for name, elapsed in generations:
         seconds[name].append(elapsed / NEW_TOKENS)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -56,7 +57,7 @@ def measured_costs(model: PreTrainedModel, budget: Budget, *, repeats: int = 5) 
         NumpruneError: If the architecture is not supported.
     """
     _check_latency(budget)
-    groups = [group for block in prunable_groups(model) for group in block]
+    groups = all_groups(model)
     models = {"dense": model}
     for kind in KINDS:
         models[kind] = _sliced(model, {group.name: _units_without_half(group, kind) for group in groups})
@@ -74,12 +75,12 @@ def measured_costs(model: PreTrainedModel, budget: Budget, *, repeats: int = 5) 
 def meet_latency(
     model: PreTrainedModel,
     budget: Budget,
-    choose: Callable[[Costs, float], Mapping[str, Tensor]],
+    choose: Callable[[Costs, float], Choice],
     *,
     least: Mapping[str, int] | None = None,
     attempts: int = 5,
     repeats: int = 5,
-) -> Mapping[str, Tensor]:
+) -> Choice:
     """Finds units to keep with which the measured latency is within the budget, by at most 5 %.
 
     The measured cost of a unit holds near the dense model only. So the amount to remove is corrected by what the cut
@@ -88,8 +89,8 @@ def meet_latency(
     Args:
         model: A dense model on the device to measure on.
         budget: A latency.
-        choose: Takes costs and the amount of predicted cost to remove, and gives the indices of the units to keep, by
-            the group's name; more amount, fewer units.
+        choose: Takes costs and the amount of predicted cost to remove, and says which units stay; more amount, fewer
+            units.
         least: Units that every group keeps at least, by its name; by default one.
         attempts: Cut models to measure at most, at least 1.
         repeats: Generations of every measured model.
@@ -105,7 +106,7 @@ def meet_latency(
     _check_latency(budget)
     if attempts < 1:
         raise ValueError(f"attempts must be at least 1, got {attempts}")
-    units = {group.name: group.units for block in prunable_groups(model) for group in block}
+    units = {group.name: group.units for group in all_groups(model)}
     kept_least = "the fewest units that may be kept" if least else "one unit in every group"
     least = least or dict.fromkeys(units, 1)
     smallest = _measure_sliced(model, {name: torch.arange(least[name]) for name in units}, budget, repeats)
@@ -120,17 +121,17 @@ def meet_latency(
     # A hair less than all: rounding must not ask for more than can go.
     most = (1 - 1e-9) * (dense - costs.total(least))
     too_slow, fast_enough = (0.0, dense), (most, smallest)  # Pairs of the amount to remove and the seconds reached.
-    best: tuple[float, Mapping[str, Tensor]] | None = None
+    best: tuple[float, Choice] | None = None
     for _ in range(attempts):
         amount = _interpolate(too_slow, fast_enough, (1 - _TOLERANCE / 2) * budget.value)
-        kept = choose(costs, amount)
-        reached = _measure_sliced(model, kept, budget, repeats)
+        choice = choose(costs, amount)
+        reached = _measure_sliced(model, choice.kept, budget, repeats)
         if reached > budget.value:
             too_slow = (amount, reached)
             continue
         fast_enough = (amount, reached)
         if best is None or reached > best[0]:
-            best = (reached, kept)
+            best = (reached, choice)
         if reached >= (1 - _TOLERANCE) * budget.value:
             break
     if best is None:
@@ -139,22 +140,6 @@ def meet_latency(
             "Allow more attempts or a higher latency."
         )
     return best[1]
-
-
-class _Batch:
-    """A model that answers the one prompt of a timed generation for several sequences at once."""
-
-    def __init__(self, model: PreTrainedModel, size: int) -> None:
-        self.config, self.device = model.config, model.device
-        self._model: Any = model
-        self._size = size
-
-    def generate(self, *, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
-        rows = (self._size, -1)
-        generated: Tensor = self._model.generate(
-            input_ids=input_ids.expand(rows), attention_mask=attention_mask.expand(rows), **settings
-        )
-        return generated
 
 
 def _check_latency(budget: Budget) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from numprune.architectures import prunable_groups
+from numprune.allocation import Shapes
+from numprune.architectures import all_groups
 from numprune.budget import Budget, Costs, to_remove
 from numprune.choice import choose_units
 from numprune.errors import NumpruneError
@@ -42,18 +42,15 @@ def choose_within(
         NumpruneError: If the budget cannot be met, or is met by the dense model.
     """
     if recipe.allocation == "literal" and budget.kind != "ratio":
-        raise NumpruneError(f"The allocation literal knows ratios alone, got the budget {budget}.")
+        raise NumpruneError(f"The allocation literal knows ratios alone, got the budget {budget}: choose another.")
+    if recipe.allocation == "literal" and recipe.shapes != Shapes():
+        raise NumpruneError("The allocation literal knows no shapes: leave them out or choose another allocation.")
 
-    choices = []
+    def choose(costs: Costs, amount: float) -> Choice:
+        return choose_units(model, recipe, costs, amount, measured, rankings=rankings, watch=watch)
 
-    def choose(costs: Costs, amount: float) -> Mapping[str, Tensor]:
-        choices.append(choose_units(model, recipe, costs, amount, measured, rankings=rankings, watch=watch))
-        return choices[-1].kept
-
-    if budget.kind == "latency":
-        groups = [group for block in prunable_groups(model) for group in block]
-        least = {group.name: group.units - recipe.shapes.removable(group)[-1] for group in groups}
-        kept = meet_latency(stored, budget, choose, least=least)
-    else:
-        kept = choose(*to_remove(stored, budget, minimum=0 if recipe.shapes.depth else 1))
-    return next(choice for choice in choices if choice.kept is kept)
+    if budget.kind != "latency":
+        return choose(*to_remove(stored, budget, minimum=0 if recipe.shapes.depth else 1))
+    groups = all_groups(model)
+    least = {group.name: group.units - recipe.shapes.removable(group)[-1] for group in groups}
+    return meet_latency(stored, budget, choose, least=least)

@@ -31,6 +31,14 @@ def _budget(value: Any) -> str:
     return str(value)
 
 
+def _bytes(value: Any) -> str:
+    try:
+        parse_budget(f"memory-{value}")
+    except NumpruneError as error:
+        raise ValueError(str(error)) from None
+    return str(value)
+
+
 def _without_repeats(items: list[Any]) -> list[Any]:
     repeated = sorted({item for item in items if items.count(item) > 1})
     if repeated:
@@ -40,6 +48,7 @@ def _without_repeats(items: list[Any]) -> list[Any]:
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 BudgetText = Annotated[str, BeforeValidator(_budget)]
+ByteText = Annotated[str, BeforeValidator(_bytes)]
 Count = Annotated[int, Field(gt=0)]
 
 
@@ -48,10 +57,28 @@ class _Section(BaseModel):
 
 
 class Download(_Section):
-    """A model on the Hugging Face Hub that is fetched into `models/<name>`."""
+    """One exact state of a model elsewhere that is fetched into `models/<name>`."""
 
-    repository: str = Field(description="Owner and name, as in meta-llama/Llama-3.1-8B.")
-    revision: str = Field(pattern=r"^[0-9a-f]{40}$", description="The commit: 40 hexadecimal digits.")
+    repository: str | None = Field(default=None, description="On the Hugging Face Hub, as in meta-llama/Llama-3.1-8B.")
+    folder: str | None = Field(default=None, description="Or the absolute path of a model folder on disk.")
+    revision: str = Field(
+        pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})$",
+        description="The Hub's commit, 40 hexadecimal digits, or the SHA-256 of the folder's model, 64.",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Download":
+        if (self.repository is None) == (self.folder is None):
+            raise ValueError("give either repository or folder")
+        digits = 40 if self.folder is None else 64
+        if len(self.revision) != digits:
+            raise ValueError(f"the revision must have {digits} hexadecimal digits, got {len(self.revision)}")
+        return self
+
+    @property
+    def origin(self) -> str:
+        """The repository or the folder."""
+        return str(self.repository or self.folder)
 
 
 class Corpus(_Section):
@@ -153,6 +180,87 @@ class Registry(_Section):
     experiment: str = Field(default="numprune", description="Name of the MLflow experiment.")
 
 
+class Promotion(_Section):
+    """What a version has to reach to become the champion; a limit that is null is not applied."""
+
+    max_perplexity: Annotated[float, Field(gt=1)] | None = Field(default=None, description="Of the pruned model.")
+    max_perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.1, description="Perplexity of the pruned model over that of the dense one."
+    )
+    max_accuracy_drop: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="Accuracy that any task may lose against the dense model, in [0, 1)."
+    )
+    standard_errors: float = Field(
+        default=2.0, ge=0, description="By how many standard errors a drop must exceed its limit to count."
+    )
+    min_speed_up: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Tokens per second of the pruned model over those of the dense one."
+    )
+    max_memory: ByteText | None = Field(default=None, description="Peak of generation, such as 12GB.")
+    undominated: bool = Field(
+        default=True, description="Whether the champion must not be better in quality, speed and memory at once."
+    )
+    tolerance: float = Field(
+        default=0.05, ge=0, lt=1, description="Relative difference below which two measurements count as equal."
+    )
+    signed: bool = Field(
+        default=False, description="Whether a version must carry a signature that signing.public_key confirms."
+    )
+
+
+class Signing(_Section):
+    """Signatures of versions and promotions; nothing is signed without a key. Passwords come from the environment."""
+
+    key: str | None = Field(
+        default=None,
+        description="Private key to sign with: a PEM file outside the repository, or a PKCS#11 URI.",
+    )
+    public_key: str | None = Field(default=None, description="PEM file to check signatures with.")
+
+
+class FolderSource(_Section):
+    """Model folders below a folder: each is a release, by the hash of its content."""
+
+    kind: Literal["folder"]
+    path: str = Field(description="The folder that holds one folder a model.")
+    pattern: str = Field(default="*", description="Which of them, as in a shell.")
+
+
+class HubSource(_Section):
+    """Models of a user or an organisation on the Hugging Face Hub: the newest commit of each is a release."""
+
+    kind: Literal["hub"]
+    owner: str = Field(description="User or organisation, such as meta-llama.")
+    pattern: str = Field(default="*", description="Which of its models, as in a shell.")
+
+
+class FeedSource(_Section):
+    """A JSON document that lists releases: for everything else that announces models."""
+
+    kind: Literal["feed"]
+    url: str = Field(description="http://, https:// or file:// of a list of {name, repository or folder, revision}.")
+
+
+Source = Annotated[FolderSource | HubSource | FeedSource, Field(discriminator="kind")]
+
+
+class Watch(_Section):
+    """Where new model releases are looked for (`flows/watch.py`), and what remembers them."""
+
+    sources: list[Source] = Field(default=[], description="What is polled.")
+    ledger: str = Field(
+        default="sqlite:///.numprune/ledger.db",
+        description="Database of the releases seen, as SQLAlchemy names it; watchers on several machines share one.",
+    )
+    worktrees: str = Field(default=".numprune/worktrees", description="Folder of the git worktrees of scheduled runs.")
+    settle_seconds: float = Field(
+        default=30, ge=0, description="A folder whose files changed within this time is still being written."
+    )
+    lease_seconds: float = Field(
+        default=60, gt=0, description="A run that gave no sign of life for so long is dead, and another takes over."
+    )
+
+
 class Orchestration(_Section):
     """How the flow runs the stages."""
 
@@ -201,7 +309,9 @@ class Parameters(_Section):
     models: Annotated[list[FolderName], AfterValidator(_without_repeats)] = Field(
         min_length=1, description="Folders below models/ to compress."
     )
-    downloads: dict[FolderName, Download] = Field(default={}, description="Models to fetch from the Hub first.")
+    downloads: dict[FolderName, Download] = Field(
+        default={}, description="Models to fetch first, from the Hub or from another folder."
+    )
     budgets: Annotated[list[BudgetText], AfterValidator(_without_repeats)] = Field(
         min_length=1,
         description="What pruned models may cost: 0.2 removes that share of the attention and MLP parameters; others "
@@ -215,6 +325,9 @@ class Parameters(_Section):
     evaluation: Evaluation
     benchmark: Benchmark = Benchmark()
     registry: Registry = Registry()
+    promotion: Promotion = Promotion()
+    signing: Signing = Signing()
+    watch: Watch = Watch()
     orchestration: Orchestration = Orchestration()
     reference: Reference
 

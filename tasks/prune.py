@@ -1,6 +1,6 @@
 """Step `prune`: the budget decides which units go; the outcome is the pruning plan."""
 
-from numprune.architectures import prunable_groups
+from numprune.architectures import all_groups
 from numprune.budget import parse_budget
 from numprune.checkpoint import fingerprint as model_fingerprint
 from numprune.checkpoint import load_model, load_shapes
@@ -31,12 +31,12 @@ def prune(model: str, budget: str) -> None:
     choice = choose_within(wanted, dense, stored, recipe, measured, rankings=rankings or None, watch=track)
     download = parameters.downloads.get(model)
     source = Source(
-        model=download.repository if download else model,
+        model=download.origin if download else model,
         revision=download.revision if download else None,
         fingerprint=model_fingerprint(folder),
         calibration=fingerprint(measured.input_ids),
     )
-    groups = [group for block in prunable_groups(dense) for group in block]
+    groups = all_groups(dense)
     make_plan(groups, choice, budget, source=source, recipe=recipe).save(plan_file(model, budget))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from numprune.architectures import prunable_groups
+from numprune.architectures import all_groups
 from numprune.budget import parse_budget
 from numprune.calibration import draw_samples, evaluation_windows
 from numprune.checkpoint import fingerprint, load_model
@@ -62,7 +62,7 @@ def test_it_is_really_trained(dense, windows):
 
 
 def planned(dense, measured, recipe, budget):
-    groups = [group for block in prunable_groups(dense) for group in block]
+    groups = all_groups(dense)
     choice = choose_within(parse_budget(budget), dense, dense, recipe, measured)
     return make_plan(groups, choice, budget, source=Source("", None, fingerprint(MODEL), ""), recipe=recipe)
 

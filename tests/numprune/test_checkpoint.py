@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-from numprune.architectures import prunable_groups
+from numprune.architectures import all_groups, prunable_groups
 from numprune.calibration import draw_samples
 from numprune.capture import capture
 from numprune.checkpoint import check_output, fingerprint, load_model, save_pruned
@@ -35,7 +35,7 @@ def pruned(folder, statistics, ratio=0.4, gone=(), recovery="least_squares"):
     model = load_model(folder)
     list(capture_to(statistics, model, INPUT_IDS, batch_size=4))
     measured = Measured(statistics, INPUT_IDS, batch_size=4)
-    groups = [group for block in prunable_groups(model) for group in block]
+    groups = all_groups(model)
     source = Source(str(folder), None, fingerprint(folder), "none")
     plan = make_plan(groups, choose(model, measured, ratio), str(ratio), source=source, recipe=Recipe())
     removed = {name: replace(plan.groups[name], kept=(), lowest_kept=None) for name in gone}

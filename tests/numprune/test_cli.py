@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from numprune.architectures import KINDS, prunable_groups
+from numprune.architectures import KINDS, all_groups, prunable_groups
 from numprune.calibration import evaluation_windows
 from numprune.cli import _plan_table
 from numprune.perplexity import perplexity, window_losses
@@ -105,7 +105,7 @@ def test_the_table_leaves_out_what_a_model_does_not_have(llama):
     for block, absent in ((0, ["attention"]), (2, ["attention", "mlp"])):
         kept = {f"{block}.{kind}": torch.arange(0 if kind in absent else 40) for kind in KINDS}
         slice_block(llama.model.layers[block], prunable_groups(llama)[block], kept)
-    left = [group for block in prunable_groups(llama) for group in block]
+    left = all_groups(llama)
     kept = {group.name: torch.arange(group.units) for group in left}
     choice = Choice(kept, dict.fromkeys(kept), dict.fromkeys(kept), 0.0)
     plan = make_plan(left, choice, "0.3", source=Source("test", None, "", ""), recipe=RECIPES["paper"])

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from numprune import latency
-from numprune.architectures import layer_widths, prunable_groups
+from numprune.architectures import all_groups, layer_widths
 from numprune.budget import Budget, parse_budget
 from numprune.errors import NumpruneError
 from numprune.latency import measured_costs, meet_latency, seconds_per_token
+from numprune.plan import Choice
 
 
 def straight(attention, mlp):
@@ -54,7 +55,7 @@ def measured(monkeypatch):
 def evenly(model):
     """A choice that takes about the same share from every group, and the amounts that it was asked for."""
     asked = []
-    groups = [group for block in prunable_groups(model) for group in block]
+    groups = all_groups(model)
     order = sorted((unit / group.units, group.name) for group in groups for unit in range(1, group.units))
 
     def choose(costs, amount):
@@ -65,7 +66,7 @@ def evenly(model):
             if amount > 0:
                 count[name] -= 1
                 amount -= costs.unit[name]
-        return {name: torch.arange(units) for name, units in count.items()}
+        return Choice({name: torch.arange(units) for name, units in count.items()}, {}, {}, 0.0)
 
     return choose, asked
 
@@ -116,7 +117,7 @@ def test_units_that_cost_nothing_still_have_a_positive_cost(llama, measured):
     measured(lambda attention, mlp: 5e-3 - 1e-5 * attention + 1e-5 * mlp)
     costs = measured_costs(llama, parse_budget("latency-5ms"))
     assert 0 < costs.unit["0.attention"] < 1e-4 * costs.unit["0.mlp"]
-    dense = {group.name: group.units for block in prunable_groups(llama) for group in block}
+    dense = {group.name: group.units for group in all_groups(llama)}
     assert costs.total(dense) == pytest.approx(5e-3 - 1e-5 * 12 + 1e-5 * 120)
 
 
@@ -127,7 +128,7 @@ def test_latency_is_met_and_nearly_used_up(llama, measured, function, share):
     budget = Budget("latency", smallest + share * (dense - smallest))
     measured(function)
     choose, asked = evenly(llama)
-    kept = meet_latency(llama, budget, choose)
+    kept = meet_latency(llama, budget, choose).kept
     assert 0.95 * budget.value <= reached(function, kept) <= budget.value
     assert len(asked) <= 5
 
@@ -136,7 +137,7 @@ def test_search_ends_with_the_slowest_model_within_the_budget(llama, measured):
     """Two speeds only: nothing is within 5 % of the budget, so the attempts run out."""
     counts = measured(lambda _, mlp: 8e-3 if mlp > 60 else 3e-3 + 1e-5 * mlp)
     choose, asked = evenly(llama)
-    kept = meet_latency(llama, Budget("latency", 5e-3), choose, attempts=4)
+    kept = meet_latency(llama, Budget("latency", 5e-3), choose, attempts=4).kept
     assert len(asked) == 4
     within = [mlp for _, mlp in counts[4:] if mlp <= 60]
     assert sum(len(units) for name, units in kept.items() if name.endswith("mlp")) == max(within)

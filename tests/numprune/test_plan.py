@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numprune.architectures import prunable_groups
+from numprune.architectures import all_groups
 from numprune.errors import NumpruneError
 from numprune.plan import FORMAT, PruningPlan, Source, _from_ranges, _to_ranges, make_plan
 from numprune.ranking import Ranking
@@ -19,7 +19,7 @@ SOURCE = Source("models/dense", None, "a" * 64, "b" * 64)
 
 @pytest.fixture
 def groups(llama):
-    return [group for block in prunable_groups(llama) for group in block]
+    return all_groups(llama)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 
 from numprune import latency
 from numprune.allocation import Shapes
-from numprune.architectures import layer_widths, prunable_groups
+from numprune.architectures import all_groups, layer_widths, prunable_groups
 from numprune.budget import Budget, linear_costs, parse_budget
 from numprune.checkpoint import load_shapes
 from numprune.choice import rank_model
@@ -110,6 +110,12 @@ def test_literal_knows_ratios_alone(llama, input_ids, tmp_path, text):
     assert sum(len(units) for units in kept.values()) == 132 - 40  # 0.3 of the units, rounded up.
 
 
+def test_literal_knows_no_shapes(llama, input_ids, tmp_path):
+    recipe = Recipe(allocation="literal", shapes=Shapes(channels=8))
+    with pytest.raises(NumpruneError, match="literal knows no shapes"):
+        choose_within(parse_budget("0.3"), llama, llama, recipe, Measured(tmp_path, input_ids))
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """Replaces the measurement by a function of the model's widths; returns the widths that were measured."""
@@ -147,7 +153,7 @@ def test_a_latency_is_met_as_measured(model, measured, clock, recipe):
 def test_a_latency_is_met_down_to_what_the_shapes_allow(llama, input_ids, tmp_path, clock, shapes):
     seconds_per_token, _ = clock
     measured = measure(llama, input_ids, tmp_path)
-    groups = [group for block in prunable_groups(llama) for group in block]
+    groups = all_groups(llama)
     smallest = really_cut(llama, {g.name: torch.arange(g.units - shapes.removable(g)[-1]) for g in groups})
     least = seconds_per_token({"smallest": smallest}, None, 1)["smallest"]
     recipe = replace(BEST, shapes=shapes)

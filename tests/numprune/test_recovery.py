@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from numprune.architectures import linear, prunable_groups
+from numprune.architectures import all_groups, linear, prunable_groups
 from numprune.plan import Source, make_plan
 from numprune.pruning import apply_plan, capture_to, prunable_parameters
 from numprune.recipe import Recipe
@@ -25,7 +25,7 @@ def measured(model, input_ids, tmp_path):
 
 @pytest.fixture
 def plan(model, measured):
-    groups = [group for block in prunable_groups(model) for group in block]
+    groups = all_groups(model)
     return make_plan(groups, choose(model, measured, 0.4), "0.4", source=SOURCE, recipe=Recipe())
 
 
@@ -117,7 +117,7 @@ def test_whole_modules_may_go(model, plan, measured, input_ids, recovery):
     names = ("0.attention", "1.attention", "1.mlp", "2.mlp")
     gone = {name: replace(plan.groups[name], kept=(), lowest_kept=None) for name in names}
     list(apply_plan(model, replace(plan, groups={**plan.groups, **gone}), measured, recovery=recovery))
-    left = [group for block in prunable_groups(model) for group in block]
+    left = all_groups(model)
     assert [group.name for group in left] == ["0.mlp", "2.attention"]
 
     list(capture_to(measured.statistics, model, input_ids, batch_size=5))

@@ -3,11 +3,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import yaml
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 
 from numprune.errors import NumpruneError
-from tasks.download import download
+from tasks.download import download, folder_revision
 
 ROOT = Path(__file__).parents[2]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -58,3 +60,40 @@ def test_only_pickled_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(NumpruneError, match=r"has no downloads\.other; it has: fetched"):
         download("other")
+
+
+def announce(folder: Path) -> None:
+    content = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    content["downloads"] = {"fetched": {"folder": str(folder), "revision": folder_revision(folder)}}
+    Path("params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "releases/model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "modeling_custom.py").touch()
+    save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
+    return folder
+
+
+def test_folder_is_copied_without_code(folder: Path) -> None:
+    announce(folder)
+    download("fetched")
+    assert sorted(path.name for path in Path("models/fetched").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_folder_that_changed_since_it_was_announced(folder: Path) -> None:
+    announce(folder)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(NumpruneError, match="is not what was announced"):
+        download("fetched")
+    assert list(Path("models").iterdir()) == []
+
+
+def test_truncated_folder_has_no_revision(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(NumpruneError, match="truncated or damaged"):
+        folder_revision(folder)
