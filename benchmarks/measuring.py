@@ -23,6 +23,7 @@ from numprune.cutting import cut, twin
 from numprune.device import resolve_device, working_dtype
 from numprune.errors import NumpruneError
 from numprune.perplexity import perplexity, window_losses
+from numprune.plan import Choice
 from numprune.planning import choose_within
 from numprune.pruning import capture_to, prunable_parameters
 from numprune.ranking import Ranking
@@ -52,6 +53,7 @@ class Bench:
         max_tokens: Of the evaluation text.
         batch_size: Sequences that go through a block together.
         device: auto, cpu, cuda, ...
+        dtype: Of the model; by default the one that the pipeline computes in.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Bench:
     max_tokens: int
     batch_size: int
     device: str
+    dtype: torch.dtype | None = None
     model: PreTrainedModel = field(init=False)
     windows: Tensor = field(init=False)
     _measured: Measured = field(init=False)
@@ -66,7 +69,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.place = resolve_device(self.device)
-        self.model = load_model(self.folder, dtype=working_dtype(self.place), device=self.place)
+        self.model = load_model(self.folder, dtype=self.dtype or working_dtype(self.place), device=self.place)
         self.windows, _ = evaluation_windows(self.evaluation, str(self.folder), max_tokens=self.max_tokens)
 
     @contextmanager
@@ -90,11 +93,8 @@ class Bench:
         A ratio that the recipe cannot reach on this model gives a row that says why, and no perplexity.
         """
         start = time.monotonic()
-        budget = parse_budget(str(ratio))
-        rankings = None if recipe.selection == "box" else self._ranked(recipe)
-        stored = load_shapes(self.folder)
         try:
-            choice = choose_within(budget, self.model, stored, recipe, self._measured, rankings=rankings)
+            choice = self.choose(recipe, ratio)
         except NumpruneError as error:
             return {"impossible": str(error)}
         chosen = time.monotonic()
@@ -108,6 +108,16 @@ class Bench:
             "seconds_to_choose": chosen - start,
             "seconds_to_cut": done - chosen,
         }
+
+    def choose(self, recipe: Recipe, ratio: float) -> Choice:
+        """Which units stay.
+
+        Raises:
+            NumpruneError: If the recipe cannot reach the ratio on this model.
+        """
+        budget = parse_budget(str(ratio))
+        rankings = None if recipe.selection == "box" else self._ranked(recipe)
+        return choose_within(budget, self.model, load_shapes(self.folder), recipe, self._measured, rankings=rankings)
 
     def _ranked(self, recipe: Recipe) -> dict[str, Ranking]:
         """Rankings of the dense model; recipes that differ in nothing that matters to them share one."""

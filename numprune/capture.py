@@ -99,23 +99,24 @@ def _on(device: torch.device, value: Any) -> Any:
 
 
 class _Accumulator:
-    """Streams X^T X and the sum of X over batches: products in float32, sums in float64."""
+    """Streams X^T X and the sum of X over batches: products in float32 (float64 if X is), sums in float64."""
 
     def __init__(self, consumer: nn.Linear) -> None:
         size, device = consumer.in_features, consumer.weight.device
         self.consumer = consumer
+        self.precision = torch.promote_types(consumer.weight.dtype, torch.float32)
         self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.sum = torch.zeros(size, dtype=torch.float64, device=device)
         self.count = 0
 
     def observe(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].flatten(0, -2).float()
+        rows = inputs[0].flatten(0, -2).to(self.precision)
         self.gram += rows.T @ rows
         self.sum += rows.sum(0, dtype=torch.float64)
         self.count += len(rows)
 
     def moments(self) -> Moments:
-        return Moments(self.gram.float(), (self.sum / self.count).float(), self.count)
+        return Moments(self.gram.to(self.precision), (self.sum / self.count).to(self.precision), self.count)
 
 
 @contextmanager

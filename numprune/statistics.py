@@ -21,8 +21,8 @@ class Moments:
     """First and second moments of what enters one output projection.
 
     Attributes:
-        gram: (D, D) float32, X^T X, a sum over tokens.
-        mean: (D,) float32, of X over tokens.
+        gram: (D, D) X^T X, a sum over tokens; float32, or float64 for a model in float64.
+        mean: (D,) of X over tokens, in the same precision.
         count: Tokens seen.
     """
 

@@ -34,6 +34,14 @@ def test_block_by_block_equals_one_forward_pass(model, input_ids):
         assert moments.count == input_ids.numel()
 
 
+def test_model_in_double_precision_is_measured_in_it(model, input_ids):
+    statistics = list(capture(model.double(), input_ids, batch_size=5))
+    for name, rows in whole_model_inputs(model, input_ids).items():
+        moments = statistics[int(name.split(".")[0])].moments[name]
+        torch.testing.assert_close(moments.gram, rows.T @ rows, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(moments.mean, rows.mean(0), rtol=1e-12, atol=1e-12)
+
+
 def test_batch_size_does_not_matter(llama, input_ids):
     one = list(capture(llama, input_ids, batch_size=1))
     all_at_once = list(capture(llama, input_ids, batch_size=100))
