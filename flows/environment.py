@@ -13,6 +13,8 @@ def prepare_environment() -> None:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
+        # Bars are for terminals; the stages print lines of their own.
+        "TQDM_DISABLE": "1",
         # One cache: DVC's.
         "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
     }

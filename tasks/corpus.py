@@ -17,6 +17,7 @@ from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from tasks.layout import CORPUS
 from tasks.parameters import load_parameters
+from tasks.questions import write_questions
 from tasks.step import run_step
 
 # Shorter docstrings are mostly restated function names.
@@ -26,10 +27,11 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def corpus() -> None:
-    """Writes the calibration and the evaluation text."""
+    """Writes the calibration text, the evaluation text, and questions about the latter."""
     settings = load_parameters().corpus
     write_corpus(settings.calibration, CORPUS / "calibration.jsonl", seed=settings.seed)
     write_corpus(settings.evaluation, CORPUS / "evaluation.jsonl", seed=settings.seed)
+    write_questions(CORPUS / "evaluation.jsonl", CORPUS / "questions", count=settings.questions, seed=settings.seed)
 
 
 def write_corpus(packages: Sequence[str], output: Path, *, seed: int) -> None:

@@ -1,6 +1,9 @@
-"""Step `evaluate`: perplexity of the dense model, or of a pruned one with and without its compensation."""
+"""Step `evaluate`: perplexity and accuracy of the dense model, or of a pruned one beside it."""
 
 import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,13 +20,14 @@ from numprune.plan import PruningPlan
 from numprune.progress import track
 from numprune.pruning import apply_plan
 from numprune.samples import fingerprint
-from tasks.layout import checkpoint_folder, evaluation_file, model_folder, plan_file
+from tasks.accuracy import Answers, answer
+from tasks.layout import answers_file, checkpoint_folder, evaluation_file, model_folder, plan_file
 from tasks.parameters import Parameters, load_parameters
 from tasks.step import run_step
 
 
 def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None) -> None:
-    """Evaluates a model, dense if no budget is given, on the text of `params.yaml`."""
+    """Evaluates a model, dense if no budget is given, on the text and the tasks of `params.yaml`."""
     parameters = load_parameters()
     settings = parameters.evaluation
     dense_folder = model_folder(model)
@@ -48,6 +52,12 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         for _ in apply_plan(cut, PruningPlan.load(plan_file(model, budget)), measured=None, recovery="none"):
             pass
         metrics["perplexity_without_compensation"] = measure(cut, "evaluate without compensation").perplexity
+    answers = _answer(loaded, folder, parameters)
+    metrics["tasks"] = {name: _summed_up(answers[name]) for name in answers}
+    if budget is not None:
+        dense = _load_answers(answers_file(model, None))
+        for name, given in answers.items():
+            metrics["tasks"][name]["against_dense"] = given.difference(dense[name])
     metrics["protocol"] = {
         "data": settings.data,
         "tokens_sha256": fingerprint(windows),
@@ -58,10 +68,11 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device.type,
         "torch": torch.__version__,
+        "lm_eval": version("lm_eval"),
+        "shots": "of each task's own configuration",
     }
-    output = evaluation_file(model, budget)
-    with replace_on_success(output) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    _write(answers_file(model, budget), {name: asdict(given) for name, given in answers.items()})
+    _write(evaluation_file(model, budget), metrics)
 
 
 def _measure(
@@ -71,6 +82,40 @@ def _measure(
     batches = -(-len(windows) // batch_size)
     losses = torch.cat(list(track(window_losses(model, windows, batch_size=batch_size), batches, title)))
     return perplexity(losses, windows.shape[1], text_bytes)
+
+
+def _answer(model: PreTrainedModel, folder: Path, parameters: Parameters) -> dict[str, Answers]:
+    settings = parameters.evaluation
+    if not settings.tasks:
+        return {}
+    return answer(
+        model,
+        folder,
+        settings.tasks,
+        include=Path(settings.tasks_folder),
+        limit=settings.questions,
+        batch_size=parameters.compute.batch_size,
+    )
+
+
+def _summed_up(answers: Answers) -> dict[str, Any]:
+    return {
+        "metric": answers.metric,
+        "accuracy": answers.accuracy,
+        "stderr": answers.stderr,
+        "questions": len(answers.correct),
+        "task_sha256": answers.task_sha256,
+    }
+
+
+def _load_answers(path: Path) -> dict[str, Answers]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: Answers(**fields | {"correct": tuple(fields["correct"])}) for name, fields in content.items()}
+
+
+def _write(path: Path, content: Any) -> None:
+    with replace_on_success(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ def evaluation_file(model: str, budget: str | None) -> Path:
     return run_folder(model, budget) / "evaluation.json"
 
 
+def answers_file(model: str, budget: str | None) -> Path:
+    """Which questions a pruned model answers right, or the dense one if there is no budget."""
+    return run_folder(model, budget) / "answers.json"
+
+
 def benchmark_file(model: str, budget: str) -> Path:
     """Cost of the dense and a pruned model."""
     return run_folder(model, budget) / "benchmark.json"

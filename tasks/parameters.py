@@ -86,7 +86,8 @@ class Corpus(_Section):
 
     calibration: list[str] = Field(min_length=1, description="Packages whose text calibrates.")
     evaluation: list[str] = Field(min_length=1, description="Packages whose text evaluates.")
-    seed: int = Field(default=0, description="Of the order of the documents.")
+    questions: Count = Field(default=400, description="Of each kind, made of the evaluation text (tasks/questions.py).")
+    seed: int = Field(default=0, description="Of the order of the documents and the choice of questions.")
 
     @model_validator(mode="after")
     def _apart(self) -> "Corpus":
@@ -157,11 +158,16 @@ class Workload(_Section):
 
 
 class Evaluation(_Section):
-    """Perplexity in non-overlapping windows."""
+    """Perplexity in non-overlapping windows, and accuracy on tasks of lm-eval."""
 
     data: str = Field(description="In the same forms as calibration.data.")
     length: Count | None = Field(default=None, description="Tokens a window; null: 2048 or the model's maximum.")
     max_tokens: Count | None = Field(default=None, description="Stop after so many tokens; null: all of the text.")
+    tasks: Annotated[list[str], AfterValidator(_without_repeats)] = Field(
+        default=[], description="Of lm-eval, such as boolq or arc_easy, or of tasks_folder."
+    )
+    tasks_folder: str = Field(default="evaluation", description="Task files of one's own, in lm-eval's form.")
+    questions: Count | None = Field(default=None, description="Of each task at most; null: all.")
 
 
 class Benchmark(_Section):

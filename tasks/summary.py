@@ -1,8 +1,9 @@
 """Sum up dense against pruned: a table, the same as JSON, and a picture of perplexity against the share removed."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypedDict
 
 from numprune.files import replace_on_success
@@ -23,6 +24,8 @@ class Row(TypedDict):
     checkpoint_bytes: int
     perplexity: float
     perplexity_without_compensation: float | None
+    tasks: dict[str, Any]
+    """Accuracies, as in the evaluation file."""
     tokens_per_second: float
     speed_up: float
     """Tokens per second over those of the dense model in the same run."""
@@ -36,6 +39,7 @@ COLUMNS = (
     "file size",
     "perplexity",
     "without compensation",
+    "accuracy",
     "tokens/s",
     "speed-up",
     "peak memory",
@@ -79,6 +83,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row['checkpoint_bytes'] / 1e6:,.1f} MB",
         f"{row['perplexity']:.2f}",
         "" if without is None else f"{without:.2f}",
+        f"{fmean(task['accuracy'] for task in row['tasks'].values()):.1%}" if row["tasks"] else "",
         f"{row['tokens_per_second']:,.0f}",
         f"{row['speed_up']:.2f} x",
         f"{row['peak_memory_bytes'] / 1e6:,.0f} MB",
@@ -139,6 +144,7 @@ def _row(model: str, budget: str | None, removed: float, benchmark: dict[str, An
         checkpoint_bytes=cost["checkpoint_bytes"],
         perplexity=evaluation["perplexity"],
         perplexity_without_compensation=evaluation.get("perplexity_without_compensation"),
+        tasks=evaluation["tasks"],
         tokens_per_second=cost["tokens_per_second"],
         speed_up=cost["tokens_per_second"] / benchmark["dense"]["tokens_per_second"],
         peak_memory_bytes=cost["peak_memory_bytes"],
@@ -149,9 +155,27 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _markdown(rows: Iterable[Row]) -> str:
-    header = f"| {' | '.join(COLUMNS)} |\n|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}\n"
-    return header + "".join(f"| {' | '.join(cells(row))} |\n" for row in rows)
+def _markdown(rows: Sequence[Row]) -> str:
+    tables = [_table(COLUMNS, [cells(row) for row in rows])]
+    for names in dict.fromkeys(tuple(row["tasks"]) for row in rows if row["tasks"]):
+        lines = [
+            (cells(row)[0], *map(_accuracy, row["tasks"].values())) for row in rows if tuple(row["tasks"]) == names
+        ]
+        tables.append(_table(("accuracy", *names), lines))
+    return "\n".join(tables)
+
+
+def _accuracy(task: Mapping[str, Any]) -> str:
+    """The dense model's with its standard error, a pruned one's with the 95 % interval of what it differs by."""
+    if "against_dense" not in task:
+        return f"{task['accuracy']:.1%} ± {task['stderr']:.1%}"
+    against = task["against_dense"]
+    return f"{task['accuracy']:.1%} ({against['low']:+.1%} to {against['high']:+.1%})"
+
+
+def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    header = f"| {' | '.join(columns)} |\n|{'---|' * 2}{'---:|' * (len(columns) - 2)}\n"
+    return header + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def _tiny(content: dict[str, Any]) -> None:
     content["workload"] |= {"length": 64}
     content["corpus"] |= {"calibration": ["datasets"], "evaluation": ["huggingface_hub"]}
     content["calibration"] |= {"samples": 8, "length": 64}
+    content["corpus"]["questions"] = 20
     content["evaluation"] |= {"length": 64, "max_tokens": 2048}
     content["benchmark"] |= {"prompt_length": 8, "new_tokens": 8, "repeats": 1}
     # Two workers also show that stages may run side by side.

@@ -1,0 +1,139 @@
+"""Accuracy on tasks of lm-eval, question by question, so that two models can be compared on the same ones."""
+
+import hashlib
+import json
+import logging
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel
+
+from numprune.errors import NumpruneError
+from numprune.progress import track
+
+# Of a normal distribution: 95 % lie within so many standard errors.
+_Z = 1.96
+
+# Between two lines of progress; lm-eval sorts the requests of a portion by length.
+_BATCHES_A_PORTION = 32
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model got right in one task.
+
+    Attributes:
+        metric: The task's own: `acc_norm` where it has it, else `acc` or `exact_match`.
+        correct: Of every question, in the task's order; in [0, 1].
+        task_sha256: Of the task's configuration: the prompts' templates, the shots, the data's name.
+    """
+
+    metric: str
+    correct: tuple[float, ...]
+    task_sha256: str
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return statistics.fmean(self.correct)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy."""
+        return _standard_error(self.correct)
+
+    def difference(self, dense: "Answers") -> dict[str, float]:
+        """What the accuracy differs by from the dense model's on the same questions, with a 95 % interval.
+
+        The questions are paired: their differences spread less than both accuracies do.
+
+        Raises:
+            ValueError: If the questions are others.
+        """
+        if (self.task_sha256, self.metric) != (dense.task_sha256, dense.metric):
+            raise ValueError(f"the dense model answered another task: {dense.task_sha256}, not {self.task_sha256}")
+        differences = [mine - its for mine, its in zip(self.correct, dense.correct, strict=True)]
+        mean, error = statistics.fmean(differences), _standard_error(differences)
+        return {"difference": mean, "stderr": error, "low": mean - _Z * error, "high": mean + _Z * error}
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer_folder: Path,
+    tasks: Sequence[str],
+    *,
+    include: Path | None,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, Answers]:
+    """Runs tasks of lm-eval on a model in memory.
+
+    Args:
+        model: On its device.
+        tokenizer_folder: Where its tokenizer lies.
+        tasks: Their names; a group of tasks gives an entry for each task.
+        include: A folder with task files of one's own; if it has all of them, lm-eval's are not even listed.
+        limit: Questions of each task at most.
+        batch_size: Sequences that are computed together.
+
+    Raises:
+        NumpruneError: If there is no such task, or its data cannot be had.
+    """
+    # lm-eval announces every request; a step shows progress of its own.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from datasets.utils.logging import disable_progress_bar
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    class Adapter(HFLM):
+        """Shows this project's progress in place of lm-eval's."""
+
+        def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[Any]:
+            size = _BATCHES_A_PORTION * batch_size
+            portions = [requests[start : start + size] for start in range(0, len(requests), size)]
+            answers: list[Any] = []
+            for portion in track(portions, len(portions), "answer"):
+                answers += super()._loglikelihood_tokens(portion, **settings | {"disable_tqdm": True})
+            return answers
+
+    disable_progress_bar()
+    manager = TaskManager(include_path=str(include) if include else None, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=str(include) if include else None)
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise NumpruneError(
+            f"evaluation.tasks: lm-eval has no task {', '.join(unknown)}; `lm-eval ls tasks` lists all."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    adapter = Adapter(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    try:
+        # No cache: lm-eval's knows neither the model's weights nor the data set.
+        results: Any = simple_evaluate(
+            adapter, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, verbosity="ERROR"
+        )
+    except (FileNotFoundError, ConnectionError) as error:
+        raise NumpruneError(f"evaluation.tasks: the data of {', '.join(tasks)} cannot be had: {error}") from error
+    return {name: _answers(samples, results["configs"][name]) for name, samples in sorted(results["samples"].items())}
+
+
+def _answers(samples: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Answers:
+    metric = next((name for name in ("acc_norm", "acc", "exact_match") if name in samples[0]), None)
+    if metric is None:
+        raise NumpruneError(f"evaluation.tasks: {config['task']} has no accuracy: leave it out.")
+    # A task with several filters of the answer lists every question once for each; the first filter counts.
+    wanted = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    # By document: the order of the requests depends on the batch size.
+    correct = [float(sample[metric]) for sample in sorted(wanted, key=lambda sample: sample["doc_id"])]
+    described = json.dumps(config, sort_keys=True, default=str)
+    prompts = "".join(sample["doc_hash"] for sample in sorted(wanted, key=lambda sample: sample["doc_id"]))
+    return Answers(metric, tuple(correct), hashlib.sha256((described + prompts).encode()).hexdigest())
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0

@@ -1,0 +1,84 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from numprune.checkpoint import load_model
+from numprune.errors import NumpruneError
+from tasks.accuracy import Answers, answer
+from tasks.corpus import write_corpus
+from tasks.questions import write_questions
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models/reference-llama"
+CHANCE = {"documentation_continuation": 0.25, "documentation_last_word": 0.0, "documentation_word_order": 0.5}
+LIMIT = 60
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the tasks find their data."""
+    folder = tmp_path_factory.mktemp("questions")
+    write_corpus(["networkx"], folder / "text.jsonl", seed=0)
+    write_questions(folder / "text.jsonl", folder / "data/corpus/questions", count=LIMIT, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(questions: Path) -> dict[str, Answers]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(questions)
+        model = load_model(MODEL)
+        return answer(model, MODEL, list(CHANCE), include=ROOT / "evaluation", limit=None, batch_size=7)
+
+
+def test_reference_model_is_better_than_chance(answers: dict[str, Answers]) -> None:
+    assert answers.keys() == CHANCE.keys()
+    for name in ("documentation_last_word", "documentation_word_order"):
+        assert answers[name].accuracy > CHANCE[name] + 3 * answers[name].stderr
+
+
+def test_accuracy_equals_that_of_lm_evals_own_command(answers: dict[str, Answers], questions: Path) -> None:
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={MODEL}"]
+    command += ["--tasks", ",".join(CHANCE), "--include_path", str(ROOT / "evaluation"), "--batch_size", "16"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--output_path", "out.json"],
+        cwd=questions,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (written,) = questions.glob("out*.json")
+    theirs = json.loads(written.read_text(encoding="utf-8"))["results"]
+    for name, mine in answers.items():
+        assert mine.accuracy == pytest.approx(theirs[name]["acc,none"], abs=1e-12)
+        assert mine.stderr == pytest.approx(theirs[name]["acc_stderr,none"], abs=1e-12)
+
+
+def test_paired_difference() -> None:
+    dense = Answers("acc", (1.0, 1.0, 0.0, 1.0), "t")
+    pruned = Answers("acc", (1.0, 0.0, 0.0, 0.0), "t")
+    difference = pruned.difference(dense)
+    assert difference["difference"] == -0.5
+    # Of the differences 0, -1, 0, -1: variance 1/3 over 4 questions.
+    assert difference["stderr"] == pytest.approx(math.sqrt(1 / 12))
+    assert difference["low"] == pytest.approx(-0.5 - 1.96 * math.sqrt(1 / 12))
+    assert dense.difference(dense) == {"difference": 0.0, "stderr": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_other_questions_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="answered another task"):
+        Answers("acc", (1.0,), "a").difference(Answers("acc", (1.0,), "b"))
+
+
+def test_unknown_task(monkeypatch: pytest.MonkeyPatch, questions: Path) -> None:
+    monkeypatch.chdir(questions)
+    with pytest.raises(NumpruneError, match="has no task no_such_task"):
+        answer(load_model(MODEL), MODEL, ["no_such_task"], include=ROOT / "evaluation", limit=1, batch_size=1)
