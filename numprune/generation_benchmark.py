@@ -1,8 +1,7 @@
-"""What a pruned model saves: parameters, bytes, memory and generation speed, dense and pruned in one run."""
+"""What it costs to run a model: times of several models in one run, memory, operations and bytes by count."""
 
 import contextlib
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -14,27 +13,63 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from numprune.checkpoint import load_model, weight_bytes
+from numprune.architectures import all_groups
+from numprune.budget import Budget, BudgetKind, linear_costs
+from numprune.checkpoint import load_model, load_shapes
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What it costs to hold and to run a model.
+class Timing:
+    """One generation.
+
+    Attributes:
+        first_token: Seconds until the first token was there: the prompt, and one token.
+        total: Seconds until the last was.
+        new_tokens: Tokens generated for each sequence.
+        batch: Sequences.
+        prompt_length: Tokens of each prompt.
+    """
+
+    first_token: float
+    total: float
+    new_tokens: int
+    batch: int
+    prompt_length: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens of all sequences by the whole time, the prompt's included."""
+        return self.batch * self.new_tokens / self.total
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens of all sequences by the time to the first token."""
+        return self.batch * self.prompt_length / self.first_token
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Mean time from one token to the next; infinite if there is only one."""
+        steps = self.new_tokens - 1
+        return (self.total - self.first_token) / steps if steps else float("inf")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one generated token costs by count, batch 1.
 
     Attributes:
         parameters: Of the whole model, tied weights once.
-        checkpoint_bytes: Of its safetensors files.
-        peak_memory_bytes: What loading and one generation add: the allocator's peak on a GPU, resident memory of a
-            process of its own on a CPU.
-        tokens_per_second: Median over the repeats.
+        flops_per_token: Multiplications and additions, see `numprune.budget.linear_costs`.
+        bytes_per_token: Weights and cached keys and values that are read.
+        cache_bytes_per_token: Keys and values that one token of the context adds, where no window limits it.
     """
 
     parameters: int
-    checkpoint_bytes: int
-    peak_memory_bytes: int
-    tokens_per_second: float
+    flops_per_token: float
+    bytes_per_token: float
+    cache_bytes_per_token: float
 
 
 @torch.no_grad()
@@ -46,8 +81,8 @@ def timed_generations(
     new_tokens: int,
     repeats: int,
     seed: int = 0,
-) -> Iterator[tuple[str, float]]:
-    """Generates greedily with several models in turn, so that drift of the machine hits all; yields name and seconds.
+) -> Iterator[tuple[str, Timing]]:
+    """Generates greedily with several models in turn, so that drift of the machine hits all; yields name and timing.
 
     One generation of each model warms up and is not yielded. The prompt is random tokens and no end token stops the
     generation: all models do the same work. Every sequence of a batch has the same prompt.
@@ -55,15 +90,16 @@ def timed_generations(
     for repeat in range(repeats + 1):
         for name, model in models.items():
             prompt = _prompt(model, batch, prompt_length, seed)
-            _synchronize(model)
-            start = time.perf_counter()
-            generate(model, prompt, new_tokens)
-            _synchronize(model)
+            clock = _Clock(model.device)
+            generate(model, prompt, new_tokens, clock)
+            first, last = clock.seconds()
             if repeat:
-                yield name, time.perf_counter() - start
+                yield name, Timing(first, last, new_tokens, batch, prompt_length)
 
 
-def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Tensor:
+def generate(
+    model: PreTrainedModel, prompt: Tensor, new_tokens: int, after_token: StoppingCriteria | None = None
+) -> Tensor:
     """Greedy generation of exactly `new_tokens` tokens."""
     generator: Any = model
     generated: Tensor = generator.generate(
@@ -73,30 +109,81 @@ def generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> Tensor:
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         pad_token_id=0,
+        stopping_criteria=StoppingCriteriaList([after_token] if after_token else []),
     )
     return generated
 
 
-def cost(folder: Path, seconds: list[float], *, prompt_length: int, new_tokens: int, device: str) -> Cost:
-    """Sums up what one model costs; its memory is measured in a process of its own."""
-    # A fresh interpreter: what this process holds must not count.
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        parameters, memory = process.submit(_measure_memory, folder, prompt_length, new_tokens, device).result()
-    return Cost(
-        parameters=parameters,
-        checkpoint_bytes=weight_bytes(folder),
-        peak_memory_bytes=memory,
-        tokens_per_second=new_tokens / statistics.median(seconds),
+class _Clock(StoppingCriteria):
+    """Notes the time after every token without making a GPU wait: there by events that it passes itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            torch.cuda.synchronize(device)
+        self._marks = [self._mark()]
+
+    def __call__(self, input_ids: Any, _scores: Any, **_: Any) -> Any:
+        self._marks.append(self._mark())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def seconds(self) -> tuple[float, float]:
+        """From the start to the first token and to the last."""
+        start, first, last = self._marks[0], self._marks[1], self._marks[-1]
+        if not self._on_gpu:
+            return first - start, last - start
+        last.synchronize()
+        return start.elapsed_time(first) / 1000, start.elapsed_time(last) / 1000
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def count_work(folder: Path, context: int) -> Work:
+    """Counts what a token costs after a context of so many tokens, from the shapes of a model folder.
+
+    Raises:
+        NumpruneError: If the architecture is not supported.
+    """
+    model = load_shapes(folder)
+    units = {group.name: group.units for group in all_groups(model)}
+
+    def total(kind: BudgetKind, length: int) -> float:
+        return linear_costs(model, Budget(kind, 1.0, batch=1, length=length)).total(units)
+
+    read = total("memory", context)
+    if not model.config.tie_word_embeddings:  # Of the embedding table of the input, one row is read.
+        embedding: Any = model.get_input_embeddings()
+        read -= embedding.weight.numel() * model.dtype.itemsize
+    return Work(
+        parameters=model.num_parameters(),
+        flops_per_token=total("flops", context),
+        bytes_per_token=read,
+        cache_bytes_per_token=total("memory", 2) - total("memory", 1),
     )
 
 
-def _measure_memory(folder: Path, prompt_length: int, new_tokens: int, device: str) -> tuple[int, int]:
+def peak_memory(folder: Path, *, prompt_length: int, new_tokens: int, device: str) -> int:
+    """What loading a model and one generation add, in bytes, measured in a process of its own.
+
+    The allocator's peak on a GPU, resident memory on a CPU.
+    """
+    # A fresh interpreter: what this process holds must not count.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_measure_memory, folder, prompt_length, new_tokens, device).result()
+
+
+def _measure_memory(folder: Path, prompt_length: int, new_tokens: int, device: str) -> int:
     before = _restart_peak_resident_bytes()
     model = load_model(folder, device=device)
     generate(model, _prompt(model, 1, prompt_length, seed=0), new_tokens)
-    on_gpu = model.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else _peak_resident_bytes() - before
-    return model.num_parameters(), peak
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
+    return _peak_resident_bytes() - before
 
 
 def _restart_peak_resident_bytes() -> int:
@@ -119,8 +206,3 @@ def _prompt(model: PreTrainedModel, batch: int, length: int, seed: int) -> Tenso
     generator = torch.Generator().manual_seed(seed)
     prompt = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     return prompt.expand(batch, -1).to(model.device)
-
-
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

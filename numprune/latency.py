@@ -36,8 +36,8 @@ def seconds_per_token(models: Mapping[str, PreTrainedModel], budget: Budget, rep
     generations = timed_generations(
         models, batch=budget.batch, prompt_length=budget.length, new_tokens=NEW_TOKENS, repeats=repeats
     )
-    for name, elapsed in generations:
-        seconds[name].append(elapsed / NEW_TOKENS)
+    for name, timing in generations:
+        seconds[name].append(timing.total / NEW_TOKENS)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

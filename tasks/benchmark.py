@@ -1,49 +1,108 @@
-"""Step `benchmark`: what the dense and the pruned model cost, measured in turn in one run."""
+"""Step `benchmark`: what the dense and the pruned model cost, measured in turn, beside what is to be expected."""
 
 import json
 import platform
+import statistics
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from numprune.checkpoint import load_model
+from numprune.checkpoint import load_model, weight_bytes
 from numprune.device import resolve_device
 from numprune.files import replace_on_success
-from numprune.generation_benchmark import cost, timed_generations
+from numprune.generation_benchmark import Timing, count_work, peak_memory, timed_generations
 from numprune.progress import track
 from tasks.layout import benchmark_file, checkpoint_folder, model_folder
-from tasks.parameters import load_parameters
+from tasks.parameters import Benchmark, load_parameters
 from tasks.step import run_step
 
 
 def benchmark(model: str, budget: str) -> None:
-    """Measures size, memory and generation speed of a model, dense and pruned."""
+    """Measures size, memory and generation speed of a model, dense and pruned.
+
+    The first batch and prompt length are the ones whose figures stand in tables; all are in the file.
+    """
     parameters = load_parameters()
     settings = parameters.benchmark
     device = str(resolve_device(parameters.compute.device))
     folders = {"dense": model_folder(model), "pruned": checkpoint_folder(model, budget)}
-    work = {"prompt_length": settings.prompt_length, "new_tokens": settings.new_tokens}
-    seconds: dict[str, list[float]] = defaultdict(list)
     models = {name: load_model(folder, device=device) for name, folder in folders.items()}
-    timings = timed_generations(models, **work, repeats=settings.repeats)
-    for name, taken in track(timings, len(folders) * settings.repeats, "benchmark"):
-        seconds[name].append(taken)
-    metrics = {
-        name: {**asdict(cost(folder, seconds[name], **work, device=device)), "seconds": seconds[name]}
-        for name, folder in folders.items()
-    }
-    protocol = {
-        **work,
-        "repeats": settings.repeats,
-        "batch": 1,
-        "dtype": str(models["dense"].dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    workloads = [
+        _workload(models, settings, batch, length)
+        for batch, length in product(settings.batches, settings.prompt_lengths)
+    ]
+    first = workloads[0]
+    costs = {name: _cost(folder, settings, device) | first[name] for name, folder in folders.items()}
+    result = {
+        **costs,
+        "ratios": _ratios(costs["dense"], costs["pruned"]),
+        "workloads": workloads,
+        "protocol": {
+            "prompt_length": first["prompt_length"],
+            "new_tokens": settings.new_tokens,
+            "repeats": settings.repeats,
+            "batch": first["batch"],
+            "dtype": str(models["dense"].dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(device)
+            if device.startswith("cuda")
+            else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
     }
     with replace_on_success(benchmark_file(model, budget)) as temporary:
-        temporary.write_text(json.dumps({**metrics, "protocol": protocol}, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _workload(models: Mapping[str, PreTrainedModel], settings: Benchmark, batch: int, length: int) -> dict[str, Any]:
+    timings: dict[str, list[Timing]] = defaultdict(list)
+    generations = timed_generations(
+        models, batch=batch, prompt_length=length, new_tokens=settings.new_tokens, repeats=settings.repeats
+    )
+    title = f"benchmark batch {batch} prompt {length}"
+    for name, timing in track(generations, len(models) * settings.repeats, title):
+        timings[name].append(timing)
+    return {"batch": batch, "prompt_length": length, **{name: _summed_up(timings[name]) for name in models}}
+
+
+def _summed_up(timings: list[Timing]) -> dict[str, Any]:
+    """Medians over the repeats, and every total, which says how far they spread."""
+    return {
+        "tokens_per_second": statistics.median(timing.tokens_per_second for timing in timings),
+        "prefill_tokens_per_second": statistics.median(timing.prefill_tokens_per_second for timing in timings),
+        "seconds_to_first_token": statistics.median(timing.first_token for timing in timings),
+        "seconds_per_token": statistics.median(timing.seconds_per_token for timing in timings),
+        "seconds": [timing.total for timing in timings],
+    }
+
+
+def _cost(folder: Path, settings: Benchmark, device: str) -> dict[str, Any]:
+    length, new_tokens = settings.prompt_lengths[0], settings.new_tokens
+    return {
+        # On average, half of the new tokens are in the context.
+        **asdict(count_work(folder, length + new_tokens // 2)),
+        "checkpoint_bytes": weight_bytes(folder),
+        "peak_memory_bytes": peak_memory(folder, prompt_length=length, new_tokens=new_tokens, device=device),
+    }
+
+
+def _ratios(dense: Mapping[str, float], pruned: Mapping[str, float]) -> dict[str, float]:
+    """Dense over pruned: the measured speed-ups, and those that bytes and operations let one expect.
+
+    At batch 1 a token takes the time to read all weights, so bytes limit it; a long prompt is limited by operations.
+    """
+    return {
+        "speed_up": pruned["tokens_per_second"] / dense["tokens_per_second"],
+        "prefill_speed_up": pruned["prefill_tokens_per_second"] / dense["prefill_tokens_per_second"],
+        "expected_by_bytes": dense["bytes_per_token"] / pruned["bytes_per_token"],
+        "expected_by_flops": dense["flops_per_token"] / pruned["flops_per_token"],
+    }
 
 
 if __name__ == "__main__":

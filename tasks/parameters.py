@@ -173,8 +173,9 @@ class Evaluation(_Section):
 class Benchmark(_Section):
     """Greedy generation, dense and pruned in alternation."""
 
-    prompt_length: Count = Field(default=64, description="Tokens of the prompt.")
-    new_tokens: Count = Field(default=64, description="Tokens to generate.")
+    batches: list[Count] = Field(default=[1], min_length=1, description="Sequences at a time.")
+    prompt_lengths: list[Count] = Field(default=[64], min_length=1, description="Tokens of the prompt.")
+    new_tokens: int = Field(default=64, ge=2, description="Tokens to generate.")
     repeats: Count = Field(default=5, description="Timed runs of each model; the median is reported.")
 
 

@@ -82,11 +82,10 @@ def _tiny(content: dict[str, Any]) -> None:
     content["budgets"] = [0.2]
     content["recipe"] |= {"planning_samples": 4}
     content["workload"] |= {"length": 64}
-    content["corpus"] |= {"calibration": ["datasets"], "evaluation": ["huggingface_hub"]}
+    content["corpus"] |= {"calibration": ["datasets"], "evaluation": ["huggingface_hub"], "questions": 20}
     content["calibration"] |= {"samples": 8, "length": 64}
-    content["corpus"]["questions"] = 20
     content["evaluation"] |= {"length": 64, "max_tokens": 2048}
-    content["benchmark"] |= {"prompt_length": 8, "new_tokens": 8, "repeats": 1}
+    content["benchmark"] |= {"batches": [1], "prompt_lengths": [8], "new_tokens": 8, "repeats": 1}
     # Two workers also show that stages may run side by side.
     content["orchestration"] |= {"workers": 2, "retries": 1}
 
@@ -111,7 +110,8 @@ def save_tiny_model(folder: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        max_position_embeddings=128,
+        # A sentence of a question fits, at one token a byte.
+        max_position_embeddings=512,
         bos_token_id=None,
         eos_token_id=0,
     )

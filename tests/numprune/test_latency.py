@@ -7,6 +7,7 @@ from numprune import latency
 from numprune.architectures import all_groups, layer_widths
 from numprune.budget import Budget, parse_budget
 from numprune.errors import NumpruneError
+from numprune.generation_benchmark import Timing
 from numprune.latency import measured_costs, meet_latency, seconds_per_token
 from numprune.plan import Choice
 
@@ -92,6 +93,7 @@ def test_every_model_is_measured_for_the_whole_batch(llama, monkeypatch):
 
 def test_seconds_per_token_is_the_median(llama, monkeypatch):
     timings = [("a", 1.0), ("b", 4.0), ("a", 90.0), ("b", 4.0), ("a", 2.0), ("b", 5.0)]
+    timings = [(name, Timing(0.5, total, 64, 1, 1)) for name, total in timings]
     monkeypatch.setattr(latency, "timed_generations", lambda *_, **__: iter(timings))
     seconds = seconds_per_token({"a": llama, "b": llama}, parse_budget("latency-1s"), repeats=3)
     assert seconds == {"a": 2.0 / latency.NEW_TOKENS, "b": 4.0 / latency.NEW_TOKENS}
