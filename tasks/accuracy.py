@@ -93,6 +93,9 @@ def answer(
     class Adapter(HFLM):
         """Shows this project's progress in place of lm-eval's."""
 
+        def loglikelihood(self, requests: list[Any], **_: Any) -> list[Any]:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
         def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[Any]:
             size = _BATCHES_A_PORTION * batch_size
             portions = [requests[start : start + size] for start in range(0, len(requests), size)]
