@@ -61,7 +61,7 @@ class Server:
             self.process.kill()
             self.process.wait()
         # An interrupted step removes its temporary files.
-        for number, grace in ((signal.SIGINT, 10.0), (signal.SIGKILL, 5.0)):
+        for number, grace in ((signal.SIGINT, self.grace_seconds), (signal.SIGKILL, 5.0)):
             left = [one for one in family if one.is_running()]
             for one in left:
                 _send(one, number)
