@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -253,3 +254,21 @@ def test_end_reaches_what_is_deaf_and_what_has_a_session_of_its_own(tmp_path: Pa
     server.end()
     assert server.process.returncode == -9
     assert not family[0].is_running()
+
+
+def test_a_signal_while_they_start_leaves_nothing(tmp_path: Path) -> None:
+    ports = [f"--{name}-port={free_port()}" for name in ("prefect", "mlflow")]
+    command = [sys.executable, "-m", "infra.servers", "--folder", str(tmp_path / "servers"), "--no-worker", *ports]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "servers" / "mlflow.log").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert errors == "Stopped.\n"
+    assert family
+    assert not [one for one in family if one.is_running()]
