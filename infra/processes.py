@@ -29,6 +29,7 @@ class Server:
     log: Path
     end_with: signal.Signals
     grace_seconds: float
+    children_first: bool
 
     def wait_until(self, ready: Callable[[], bool], *, timeout: float) -> None:
         """Waits until it answers.
@@ -53,6 +54,9 @@ class Server:
         # Flow runs have process groups of their own, so that the family tree is what finds them, and only
         # while their parents live.
         family = _descendants(self.process.pid)
+        if self.children_first:
+            # A worker would kill them at once; interrupted, they remove their temporary files.
+            family = _ask_to_end(family, signal.SIGINT, self.grace_seconds)
         if self.process.poll() is None:
             self.process.send_signal(self.end_with)
         try:
@@ -60,12 +64,8 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        # An interrupted step removes its temporary files.
-        for number, grace in ((signal.SIGINT, self.grace_seconds), (signal.SIGKILL, 5.0)):
-            left = [one for one in family if one.is_running()]
-            for one in left:
-                _send(one, number)
-            family = psutil.wait_procs(left, timeout=grace)[1]
+        family = _ask_to_end(family, signal.SIGINT, self.grace_seconds)
+        _ask_to_end(family, signal.SIGKILL, 5)
 
     def _last_lines(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
@@ -82,6 +82,7 @@ def start(
     folder: Path | None = None,
     end_with: signal.Signals = signal.SIGTERM,
     grace_seconds: float = 10.0,
+    children_first: bool = False,
 ) -> Server:
     """Starts a program in a session of its own, so that Ctrl-C reaches it only through `Server.end`.
 
@@ -94,6 +95,7 @@ def start(
         folder: Its working directory.
         end_with: The signal that asks it to end.
         grace_seconds: How long it may take to, before it is killed.
+        children_first: Interrupt what it started before it is asked to end itself.
     """
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -108,7 +110,7 @@ def start(
             extra_groups=None if user is None else [],
             start_new_session=True,
         )
-    return Server(name, process, log, end_with, grace_seconds)
+    return Server(name, process, log, end_with, grace_seconds, children_first)
 
 
 def program(name: str, install: str) -> str:
@@ -161,11 +163,15 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _send(process: psutil.Process, number: signal.Signals) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
+def _ask_to_end(processes: list[psutil.Process], number: signal.Signals, grace_seconds: float) -> list[psutil.Process]:
+    """Sends a signal to those that live; returns those that live on afterwards."""
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+    left: list[psutil.Process] = psutil.wait_procs(processes, timeout=grace_seconds)[1]
+    return left
 
 
 def _group_of(user: str) -> int:

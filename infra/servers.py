@@ -28,6 +28,8 @@ from numprune.files import replace_on_success
 POOL = "numprune"
 ADMINISTRATOR = "admin"
 DATABASES = ("prefect", "mlflow", "mlflow_auth", "ledger")
+# Seconds to wait for each server: they start in ten, and in many more on a machine that has other work.
+_PATIENCE = 180
 _INSTALL = "install it with `make setup`, or `pip install 'numprune[team]'`"
 _INSTALL_S3 = "install it with `pip install 'moto[server]'`"
 _QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -98,8 +100,8 @@ def servers(
         # Both take seconds to import and to create their tables, so they start side by side.
         prefect, prefect_server = setup.start_prefect(stack, database, auth=auth)
         mlflow, mlflow_server = setup.start_mlflow(stack, database, storage, auth=auth)
-        prefect_server.wait_until(lambda: answers(f"{prefect}/health"), timeout=120)
-        mlflow_server.wait_until(lambda: answers(f"{mlflow}/health"), timeout=120)
+        prefect_server.wait_until(lambda: answers(f"{prefect}/health"), timeout=_PATIENCE)
+        mlflow_server.wait_until(lambda: answers(f"{mlflow}/health"), timeout=_PATIENCE)
         environment = {"PREFECT_API_URL": prefect, "MLFLOW_TRACKING_URI": mlflow, **storage}
         if auth:
             environment["PREFECT_API_AUTH_STRING"] = setup.auth_string
@@ -150,7 +152,7 @@ class _Setup:
         server = self._start(
             stack, "moto_server", [program("moto_server", _INSTALL_S3), "-H", HOST, "-p", str(port)], port, {}
         )
-        server.wait_until(lambda: answers(f"{url}/moto-api/"), timeout=60)
+        server.wait_until(lambda: answers(f"{url}/moto-api/"), timeout=_PATIENCE)
         environment = {
             "AWS_ENDPOINT_URL_S3": url,
             "MLFLOW_S3_ENDPOINT_URL": url,
@@ -211,9 +213,8 @@ class _Setup:
     def start_worker(self, stack: ExitStack, environment: Mapping[str, str], root: Path) -> None:
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
         own = {**environment, "PREFECT_HOME": str(self.folder / "prefect")}
-        # It hands Ctrl-C on to its flow runs, which then have time to tidy up.
-        server = self._start(stack, "worker", command, None, own, root=root, end_with=signal.SIGINT)
-        server.wait_until(lambda: _has_worker(environment), timeout=60)
+        server = self._start(stack, "worker", command, None, own, root=root, children_first=True)
+        server.wait_until(lambda: _has_worker(environment), timeout=_PATIENCE)
 
     def _start(
         self,
@@ -224,7 +225,7 @@ class _Setup:
         environment: Mapping[str, str],
         *,
         root: Path | None = None,
-        end_with: signal.Signals = signal.SIGTERM,
+        children_first: bool = False,
     ) -> Server:
         if port is not None:
             check_port(port, name)
@@ -234,7 +235,7 @@ class _Setup:
             log=self.folder / f"{name}.log",
             environment={**_inherited(), **_QUIET, **environment},
             folder=root or self.folder,
-            end_with=end_with,
+            children_first=children_first,
         )
         stack.callback(server.end)
         return server

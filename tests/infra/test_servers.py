@@ -256,6 +256,28 @@ def test_end_reaches_what_is_deaf_and_what_has_a_session_of_its_own(tmp_path: Pa
     assert not family[0].is_running()
 
 
+def test_what_a_worker_runs_can_tidy_up_before_the_worker_ends(tmp_path: Path) -> None:
+    temporary = tmp_path / "half"
+    child = (
+        "import pathlib, time; p = pathlib.Path('half'); p.touch(); print('ready', flush=True)\n"
+        "try:\n    time.sleep(60)\nfinally:\n    time.sleep(0.3); p.unlink()"
+    )
+    # As Prefect's worker does, this parent kills its child when it is asked to end.
+    parent = (
+        "import signal, subprocess, sys; "
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True); "
+        "signal.signal(signal.SIGTERM, lambda *_: (child.kill(), sys.exit(0))); signal.pause()"
+    )
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", parent]
+    server = start("it", command, log=log, environment={}, folder=tmp_path, children_first=True)
+    server.wait_until(lambda: "ready" in log.read_text(encoding="utf-8"), timeout=30)
+    assert temporary.exists()
+    server.end()
+    assert server.process.poll() is not None
+    assert not temporary.exists()
+
+
 def test_a_signal_while_they_start_leaves_nothing(tmp_path: Path) -> None:
     ports = [f"--{name}-port={free_port()}" for name in ("prefect", "mlflow")]
     command = [sys.executable, "-m", "infra.servers", "--folder", str(tmp_path / "servers"), "--no-worker", *ports]
