@@ -107,9 +107,12 @@ def servers(
             environment["PREFECT_API_AUTH_STRING"] = setup.auth_string
             environment["MLFLOW_TRACKING_USERNAME"] = ADMINISTRATOR
             environment["MLFLOW_TRACKING_PASSWORD"] = setup.secrets["administrator"]
+        ledger = f"sqlite:///{folder}/ledger.db" if database is None else database.url("ledger", "postgresql+psycopg2")
+        if database is not None:
+            # It holds a password, which does not belong into params.yaml.
+            environment["NUMPRUNE_LEDGER"] = ledger
         if worker:
             setup.start_worker(stack, environment, root or Path.cwd())
-        ledger = f"sqlite:///{folder}/ledger.db" if database is None else database.url("ledger", "postgresql+psycopg2")
         yield Servers(folder, prefect, mlflow, ledger, environment)
 
 
