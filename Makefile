@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test train ui-prefect ui-mlflow clean
+.PHONY: help setup demo repro test train ui-prefect ui-mlflow servers clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ ui-prefect: setup ## Open Prefect's page: runs, progress, logs, tables.
 
 ui-mlflow: setup ## Open MLflow's page: metrics and registered versions.
 	@$(BIN)/python -m flows.web mlflow
+
+servers: setup ## Run Prefect, a worker and MLflow for a team on this machine; OPTIONS=--help lists what can be chosen.
+	@$(BIN)/python -m infra.servers $(OPTIONS)
 
 clean: ## Remove results; .venv, models, registered versions and DVC's cache stay.
 	@rm -rf artifacts report data/corpus .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
