@@ -1,0 +1,45 @@
+"""The connection to MLflow, which keeps the registered versions."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from numprune.errors import NumpruneError
+from tasks.parameters import PARAMETERS_FILE, Registry, load_parameters
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ADDRESS_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+def connect(registry: Registry) -> "MlflowClient":
+    """Opens the tracking server or database, whose folder is created if needed."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    import mlflow
+    from mlflow import MlflowClient
+
+    if registry.tracking_uri.startswith("sqlite:///"):
+        Path(registry.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    # The registry looks a version's model up by the tracking URI of the process, not by the client's.
+    mlflow.set_tracking_uri(registry.tracking_uri)
+    return MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)
+
+
+def find_registry(address: str | None = None) -> Registry:
+    """The registry at an address; without one, that of params.yaml or of the variable MLFLOW_TRACKING_URI.
+
+    Raises:
+        NumpruneError: If none of the three says where the registry is, or params.yaml is wrong.
+    """
+    configured = load_parameters().registry if PARAMETERS_FILE.exists() else None
+    if address is None and configured is not None:
+        return configured
+    address = address or os.environ.get(ADDRESS_VARIABLE)
+    if not address:
+        raise NumpruneError(
+            f"Where is the registry? Give --registry URI or set {ADDRESS_VARIABLE}, to http://mlflow.example:5000 for "
+            f"example; there is no {PARAMETERS_FILE} in {Path.cwd()}."
+        )
+    return (configured or Registry()).model_copy(update={"tracking_uri": address})
