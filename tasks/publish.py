@@ -1,15 +1,16 @@
 """Publish a pruned checkpoint in MLflow: one run and one registered version for each content.
 
 The pipeline's stages never write to MLflow, because a stage whose results come from the cache would log nothing. This
-step reads what they left (`dvc.lock`, the plan, the metric files) and can be repeated at any time: it finds what is
-already there. A crash leaves a run that is not finished, and the next call completes it.
+step reads what they left (`dvc.lock`, the plan, the metric files), adds what proves the checkpoint and what serves it,
+and can be repeated at any time: it finds what is already there. A crash leaves a run that is not finished, and the next
+call completes it.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,12 @@ from tasks.layout import (
     model_folder,
     plan_file,
 )
-from tasks.parameters import PARAMETERS_FILE, Registry, load_parameters
+from tasks.parameters import PARAMETERS_FILE, Registry, Signing, load_parameters
+from tasks.provenance.build import Build
+from tasks.provenance.evidence import write_evidence
+from tasks.registry.connection import connect
+from tasks.registry.figures import figure_tags, metrics
+from tasks.registry.version_folder import assemble, local_path, stored_folder
 from tasks.step import run_step
 
 if TYPE_CHECKING:
@@ -49,6 +55,10 @@ class Release:
     model: str
     budget: str
     recipe: str
+    source: str
+    """The model's repository or folder."""
+    revision: str
+    """Of the source; none if it was not fetched."""
     checkpoint: Path
     checkpoint_hash: str
     source_hash: str
@@ -66,11 +76,18 @@ class Release:
             "model": self.model,
             "budget": self.budget,
             "recipe": self.recipe,
+            "source": self.source,
+            "revision": self.revision,
             "content_hash": self.checkpoint_hash,
             "source_hash": self.source_hash,
             "calibration_hash": self.calibration_hash,
             "plan_hash": self.plan_hash,
         }
+
+    @property
+    def documents(self) -> dict[str, Any]:
+        """The contents of the metric files."""
+        return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in self.metric_files.items()}
 
 
 @dataclass(frozen=True)
@@ -84,14 +101,20 @@ class Publication:
     """Whether this call wrote anything."""
 
 
-def publish(model: str, budget: str) -> Publication:
+def publish(model: str, budget: str, *, orchestrator: Mapping[str, str] | None = None) -> Publication:
     """Logs and registers the checkpoint of one model and budget, unless that is done already.
+
+    Args:
+        model: Name of the source model.
+        budget: One of params.yaml.
+        orchestrator: What ran the stages, such as `{"prefect_flow_run": "..."}`, for the record.
 
     Raises:
         NumpruneError: If a stage it needs has not run, or a file is not the one in dvc.lock.
     """
     release = read_release(model, budget)
-    registry = load_parameters().registry
+    parameters = load_parameters()
+    registry = parameters.registry
     client = connect(registry)
     experiment = _experiment(client, registry)
     run = _find_run(client, experiment, release)
@@ -101,7 +124,10 @@ def publish(model: str, budget: str) -> Publication:
         return Publication(model, budget, int(version.version), is_new=False)
     run = run or _create_run(client, experiment, release)
     _log_run(client, run, release)
-    version = version or _register(client, experiment, run, release)
+    if version is None:
+        version = _register(
+            client, experiment, run, release, orchestrator=orchestrator or {}, signing=parameters.signing
+        )
     client.set_model_version_tag(model, version.version, "evaluation_run", run.info.run_id)
     _point_alias(client, budget_alias(budget), version)
     _point_alias(client, CANDIDATE, version)
@@ -122,7 +148,8 @@ def read_release(model: str, budget: str) -> Release:
     Raises:
         NumpruneError: If a stage it needs has not run, or a file is not the one in dvc.lock.
     """
-    hashes = _locked_hashes()
+    stages = _locked_stages()
+    hashes = _hashes(stages)
     metric_files = {
         "evaluation.json": evaluation_file(model, budget),
         "benchmark.json": benchmark_file(model, budget),
@@ -136,11 +163,14 @@ def read_release(model: str, budget: str) -> Release:
     for path in (checkpoint, source, calibration):
         if path not in hashes or not path.exists():
             raise NumpruneError(f"{path} is missing or not in {LOCK_FILE}: run `dvc repro` first.")
+    origin, revision = _origin(stages, model)
     evidence = [hashes[path] for path in (checkpoint, plan, *metric_files.values())]
     return Release(
         model=model,
         budget=budget,
         recipe=recipe_name(load_parameters().recipe.resolve()),
+        source=origin,
+        revision=revision,
         checkpoint=checkpoint,
         checkpoint_hash=hashes[checkpoint],
         source_hash=hashes[source],
@@ -151,27 +181,26 @@ def read_release(model: str, budget: str) -> Release:
     )
 
 
-def connect(registry: Registry) -> "MlflowClient":
-    """Opens the tracking server or database, whose folder is created if needed."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    import mlflow
-    from mlflow import MlflowClient
-
-    if registry.tracking_uri.startswith("sqlite:///"):
-        Path(registry.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    # The registry looks a version's model up by the tracking URI of the process, not by the client's.
-    mlflow.set_tracking_uri(registry.tracking_uri)
-    return MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)
-
-
-def _locked_hashes() -> dict[Path, str]:
+def _locked_stages() -> dict[str, Any]:
     try:
-        stages = yaml.safe_load(LOCK_FILE.read_text(encoding="utf-8"))["stages"]
+        stages: dict[str, Any] = yaml.safe_load(LOCK_FILE.read_text(encoding="utf-8"))["stages"]
     except FileNotFoundError:
         raise NumpruneError(f"{LOCK_FILE} not found in {Path.cwd()}: run `dvc repro` first.") from None
+    return stages
+
+
+def _hashes(stages: Mapping[str, Any]) -> dict[Path, str]:
     entries = [entry for stage in stages.values() for entry in (*stage.get("deps", []), *stage.get("outs", []))]
     return {Path(entry["path"]): entry["md5"] for entry in entries if "md5" in entry}
+
+
+def _origin(stages: Mapping[str, Any], model: str) -> tuple[str, str]:
+    """Source and revision of a model as they were when it was fetched, whatever params.yaml says since."""
+    locked = stages.get(f"download@{model}", {}).get("params", {}).get(str(PARAMETERS_FILE), {})
+    download = locked.get(f"downloads.{model}")
+    if download is None:
+        return model_folder(model).as_posix(), "none"
+    return str(download.get("repository") or download.get("folder")), str(download["revision"])
 
 
 def _experiment(client: "MlflowClient", registry: Registry) -> "Experiment":
@@ -218,25 +247,12 @@ def _log_run(client: "MlflowClient", run: "Run", release: Release) -> None:
 
     # The time of the run's start, not of this call: logged again after a crash, a metric is the same point.
     time = run.info.start_time
-    metrics = [Metric(name, value, time, step=0) for name, value in _metrics(release).items()]
+    points = [Metric(name, value, time, step=0) for name, value in metrics(release.documents).items()]
     params = [Param(name, str(value)) for name, value in _run_parameters()]
-    client.log_batch(run.info.run_id, metrics=metrics, params=params)
+    client.log_batch(run.info.run_id, metrics=points, params=params)
     for name, path in {**release.metric_files, "params.yaml": PARAMETERS_FILE, "dvc.lock": LOCK_FILE}.items():
         parent = Path(name).parent
         client.log_artifact(run.info.run_id, str(path), None if parent == Path() else str(parent))
-
-
-def _metrics(release: Release) -> dict[str, float]:
-    plan, evaluation, benchmark, dense = (
-        json.loads(release.metric_files[name].read_text(encoding="utf-8"))
-        for name in ("plan.json", "evaluation.json", "benchmark.json", "dense/evaluation.json")
-    )
-    metrics: dict[str, float] = {"achieved_ratio": plan["achieved_ratio"]}
-    metrics |= {f"dense_{name}": dense[name] for name in ("perplexity", "bits_per_byte")}
-    metrics |= {name: value for name, value in evaluation.items() if isinstance(value, int | float)}
-    for name, value in benchmark["pruned"].items():
-        metrics |= {name: value, f"dense_{name}": benchmark["dense"][name]}
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def _run_parameters() -> Iterator[tuple[str, Any]]:
@@ -253,10 +269,18 @@ def _find_version(client: "MlflowClient", release: Release) -> "ModelVersion | N
     return next((version for version in versions if version.tags.get("budget") == release.budget), None)
 
 
-def _register(client: "MlflowClient", experiment: "Experiment", run: "Run", release: Release) -> "ModelVersion":
+def _register(
+    client: "MlflowClient",
+    experiment: "Experiment",
+    run: "Run",
+    release: Release,
+    *,
+    orchestrator: Mapping[str, str],
+    signing: Signing,
+) -> "ModelVersion":
     from mlflow.exceptions import MlflowException
 
-    model = _log_model(client, experiment, run, release)
+    model = _log_model(client, experiment, run, release, orchestrator=orchestrator, signing=signing)
     try:
         client.create_registered_model(release.model)
     except MlflowException as error:
@@ -267,32 +291,64 @@ def _register(client: "MlflowClient", experiment: "Experiment", run: "Run", rele
         source=f"models:/{model.model_id}",
         run_id=run.info.run_id,
         model_id=model.model_id,
-        tags={**release.tags, **_git_state()},
+        # Those of its files' statement, which may be from a call before a crash and another commit.
+        tags={name: value for name, value in model.tags.items() if not name.startswith("mlflow.")},
         description=f"{release.model}, pruned to the budget {release.budget}.",
     )
 
 
-def _log_model(client: "MlflowClient", experiment: "Experiment", run: "Run", release: Release) -> "LoggedModel":
-    """Copies the checkpoint to MLflow's files; it stays a folder that `from_pretrained` loads."""
+def _log_model(
+    client: "MlflowClient",
+    experiment: "Experiment",
+    run: "Run",
+    release: Release,
+    *,
+    orchestrator: Mapping[str, str],
+    signing: Signing,
+) -> "LoggedModel":
+    """Puts the version's folder into MLflow's files, unless a call before this one has done that."""
     found = client.search_logged_models(
         [experiment.experiment_id],
         f"tags.content_hash = '{release.checkpoint_hash}' and tags.budget = '{release.budget}'",
     )
     for model in found:
-        if str(model.status) == "READY" and model.model_id:
+        if str(model.status) != "READY":
+            _delete_unfinished(client, model)
+        elif model.source_run_id == run.info.run_id:
             return model
-        # Left by a crash in the middle of the copy. A new copy is safer than one of unknown state.
-        client.delete_logged_model(model.model_id)
+    tags = {**release.tags, **figure_tags(release.documents), **_git_state()}
+    name = re.sub(r"[^\w-]", "-", f"{release.model}-{release.budget}")  # MLflow allows no dots here.
     model = client.create_logged_model(
         experiment.experiment_id,
-        name=re.sub(r"[^\w-]", "-", f"{release.model}-{release.budget}"),  # MLflow allows no dots here.
+        name=name,
         source_run_id=run.info.run_id,
-        tags=release.tags,
+        tags=tags,
         params={"budget": release.budget, "recipe": release.recipe},
         model_type="pruned-transformer",
     )
-    client.log_model_artifacts(model.model_id, str(release.checkpoint))
+    with stored_folder(client, model, name) as folder:
+        assemble(folder, release.checkpoint, model_id=model.model_id, run_id=run.info.run_id)
+        build = Build(
+            model=release.model,
+            budget=release.budget,
+            recipe=release.recipe,
+            metric_files=release.metric_files,
+            run_id=run.info.run_id,
+            orchestrator=orchestrator,
+            tags=tags,
+        )
+        statement_hash = write_evidence(folder, build, signing)
+    client.set_logged_model_tags(model.model_id, {"statement_hash": statement_hash})
     return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _delete_unfinished(client: "MlflowClient", model: "LoggedModel") -> None:
+    """Deletes what a crash left; writing anew is safer than going on with files of unknown state."""
+    client.delete_logged_model(model.model_id)
+    place = local_path(model.artifact_location)
+    if place is not None and place.parent.name == model.model_id:
+        # MLflow keeps the files of deleted models until `mlflow gc`; nothing refers to these.
+        shutil.rmtree(place.parent, ignore_errors=True)
 
 
 def _point_alias(client: "MlflowClient", alias: str, version: "ModelVersion") -> None:
