@@ -1,8 +1,9 @@
 """The connection to MLflow, which keeps the registered versions."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from numprune.errors import NumpruneError
 from tasks.parameters import PARAMETERS_FILE, Registry, load_parameters
@@ -43,3 +44,14 @@ def find_registry(address: str | None = None) -> Registry:
             f"example; there is no {PARAMETERS_FILE} in {Path.cwd()}."
         )
     return (configured or Registry()).model_copy(update={"tracking_uri": address})
+
+
+def all_pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Everything that a search of MLflow finds, which it gives in pages; `search` takes the token of a page."""
+    token = None
+    while True:
+        page = search(token)
+        yield from page
+        token = page.token
+        if not token:
+            return

@@ -72,7 +72,7 @@ def stored_folder(client: "MlflowClient", model: "LoggedModel", name: str) -> It
 
 
 def local_folder(client: "MlflowClient", version: "ModelVersion", target: Path) -> Path:
-    """The files of a version: where MLflow keeps them if that is on this disk, else downloaded to `target`."""
+    """The files of a version: where MLflow keeps them if that is on this disk, else downloaded below `target`."""
     address = client.get_model_version_download_uri(version.name, version.version)
     place = local_path(address)
     if place is not None:
