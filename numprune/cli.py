@@ -4,9 +4,12 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import wraps
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -40,6 +43,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+PLUGINS = "numprune.commands"
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -191,12 +195,41 @@ def _plan_table(model: PreTrainedModel, plan: PruningPlan) -> Table:
     return table
 
 
+def add_plugins(target: typer.Typer) -> None:
+    """Adds the commands that installed packages offer under the entry point `numprune.commands`, each a typer app."""
+    for entry in sorted(entry_points(group=PLUGINS)):
+        try:
+            commands = entry.load().registered_commands
+        except ImportError as error:  # A broken plug-in must not take `numprune prune` along.
+            print(f"warning: the commands of {entry.value} are left out: {error}", file=sys.stderr)
+            continue
+        for command in commands:
+            command.callback = _with_extra(command.callback)
+            target.registered_commands.append(command)
+
+
+def _with_extra(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Says which extra to install where a command's own imports fail."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except ModuleNotFoundError as error:
+            raise NumpruneError(
+                f"This command needs {error.name}, which is not installed: run `pip install 'numprune[pipeline]'`."
+            ) from error
+
+    return run
+
+
 def main() -> None:
     """Runs the command line; an error that the user can mend is one message and exit code 2."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with reported(debug="--debug" in sys.argv):
         try:
+            add_plugins(app)
             app()
         except torch.cuda.OutOfMemoryError as error:
             raise NumpruneError(

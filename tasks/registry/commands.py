@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from numprune.errors import NumpruneError
@@ -47,7 +48,7 @@ def versions(
     from tasks.registry.connection import connect, find_registry
     from tasks.registry.versions import read_versions
 
-    with _mlflow_errors(debug=debug):
+    with _mlflow_errors():
         found = read_versions(connect(find_registry(registry)), model)
     columns = ("model", "version", "aliases", "budget", "recipe", "revision", "perplexity", "to dense", "tokens/s")
     table = Table(*columns, "speed-up", "peak memory", "size")
@@ -82,7 +83,7 @@ def promote(
     """
     from tasks.registry.promote import promote as decide
 
-    with _mlflow_errors(debug=debug):
+    with _mlflow_errors():
         _show(decide(version, by=by, reason=reason, dry_run=dry_run, registry=registry))
 
 
@@ -102,7 +103,7 @@ def rollback(
     """
     from tasks.registry.promote import rollback as decide
 
-    with _mlflow_errors(debug=debug):
+    with _mlflow_errors():
         _show(decide(model, by=by, reason=reason, dry_run=dry_run, registry=registry))
 
 
@@ -136,7 +137,7 @@ def pull(
     elif PARAMETERS_FILE.exists():
         parameters = load_parameters()
         signing, required = parameters.signing, parameters.promotion.signed
-    with _mlflow_errors(debug=debug):
+    with _mlflow_errors():
         pulled = fetch(connect(find_registry(registry)), version, output, signing, signature_required=required)
     typer.echo(f"{pulled.model} version {pulled.version}: {pulled.files} files in {output}, all verified.")
     if signing.public_key is None:
@@ -152,7 +153,7 @@ def _show(decision: "Decision") -> None:
     table = Table("criterion", "value", "limit", "", "why")
     for criterion in decision.criteria:
         mark = "[green]pass[/]" if criterion.passed else "[red]fail[/]"
-        table.add_row(criterion.name, criterion.value, criterion.limit, mark, criterion.why)
+        table.add_row(*map(escape, (criterion.name, criterion.value, criterion.limit)), mark, escape(criterion.why))
     console.print(table)
     before = "there was none" if decision.champion is None else f"before it was version {decision.champion}"
     if decision.outcome == "refused":
@@ -182,13 +183,11 @@ def _bytes(tags: Mapping[str, str], name: str) -> str:
 
 
 @contextmanager
-def _mlflow_errors(*, debug: bool) -> Iterator[None]:
+def _mlflow_errors() -> Iterator[None]:
     """Turns an error of MLflow, such as a server that does not answer, into one that a user can mend."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        if debug:
-            raise
         raise NumpruneError(f"MLflow: {str(error).splitlines()[0]}") from error

@@ -1,14 +1,19 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from numprune.architectures import KINDS, all_groups, prunable_groups
 from numprune.calibration import evaluation_windows
-from numprune.cli import _plan_table
+from numprune.cli import PLUGINS, _plan_table, add_plugins
+from numprune.errors import NumpruneError
 from numprune.perplexity import perplexity, window_losses
 from numprune.plan import Choice, Source, make_plan
 from numprune.recipe import RECIPES
@@ -174,3 +179,31 @@ def test_help_teaches_by_example(command):
     done = numprune(command, "--help")
     assert done.returncode == 0
     assert f"numprune {command} " in done.stdout
+
+
+def test_commands_of_other_packages_are_added(monkeypatch, capsys):
+    plugin = typer.Typer()
+
+    @plugin.command()
+    def greet(name: str, loud: bool = False) -> None:
+        """Says hello."""
+        typer.echo(f"hello {name}{'!' if loud else ''}")
+
+    @plugin.command()
+    def publish() -> None:
+        import a_package_that_is_not_installed  # noqa: F401
+
+    monkeypatch.setitem(sys.modules, "a_plugin", SimpleNamespace(app=plugin))
+    entries = [
+        EntryPoint(name, value, PLUGINS) for name, value in (("a", "a_plugin:app"), ("b", "a_broken_plugin:app"))
+    ]
+    monkeypatch.setattr("numprune.cli.entry_points", lambda group: entries if group == PLUGINS else [])
+    app = typer.Typer()
+    add_plugins(app)
+    assert "a_broken_plugin:app are left out" in capsys.readouterr().err
+    runner = CliRunner()
+    assert runner.invoke(app, ["greet", "you", "--loud"]).output == "hello you!\n"
+    error = runner.invoke(app, ["publish"]).exception
+    assert isinstance(error, NumpruneError)
+    assert "a_package_that_is_not_installed" in str(error)
+    assert "pip install 'numprune[pipeline]'" in str(error)
