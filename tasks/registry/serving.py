@@ -33,14 +33,16 @@ class TextGenerator:
         """The text that follows each prompt, without the prompt.
 
         Args:
-            model_input: A data frame with the column `prompt`, or a list of prompts.
+            model_input: A list of prompts, or a data frame with one column of them, or with a column `prompt`.
             params: `max_new_tokens`, at least 1; `temperature`, where 0 always takes the most likely token; `top_p` in
                 (0, 1], which matters only above temperature 0.
 
         Raises:
             ValueError: If a prompt has no tokens.
         """
-        prompts: Iterable[Any] = model_input["prompt"] if hasattr(model_input, "columns") else model_input
+        prompts: Iterable[Any] = model_input
+        if hasattr(model_input, "columns"):  # MLflow makes a data frame of a list, too.
+            prompts = model_input["prompt" if "prompt" in model_input else model_input.columns[0]]
         # One at a time: memory is that of one sequence, and no answer depends on its neighbours.
         return [self._continue(str(prompt), **(params or {})) for prompt in prompts]
 

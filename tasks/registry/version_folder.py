@@ -108,7 +108,8 @@ def _write_mlmodel(folder: Path, *, model_id: str, run_id: str) -> None:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     signature = ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "prompt")]),
+        # Without a name, because MLflow takes no plain list for a column that has one.
+        inputs=Schema([ColSpec(DataType.string)]),
         outputs=Schema([ColSpec(DataType.string)]),
         params=ParamSchema(
             [

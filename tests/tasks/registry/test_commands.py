@@ -65,7 +65,8 @@ def test_pull_from_a_folder_without_parameters(
     assert "small version 1:" in done.output
     assert "Signatures were not checked" in done.output
     assert (Path("out") / "model.safetensors").exists()
-    assert isinstance(run("pull", MODEL, "-o", "other").exception, NumpruneError)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow sets it itself.
+    assert "Where is the registry?" in str(run("pull", MODEL, "-o", "other").exception)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     assert run("pull", MODEL, "-o", "other").exit_code == 0
     # The key of a version that nobody signed.

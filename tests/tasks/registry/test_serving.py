@@ -46,7 +46,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = mlflow.artifacts.download_artifacts(address)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 expected = []
 for prompt in prompts:
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -54,7 +54,6 @@ for prompt in prompts:
     expected.append(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 seen["expected"] = expected
 seen["class"] = type(model).__name__
-seen["inputs"] = served.metadata.get_input_schema().to_dict()
 print(json.dumps(seen))
 """
 
@@ -70,6 +69,7 @@ def test_champion_is_served_without_numprune(client: MlflowClient, tmp_path: Pat
         [sys.executable, "-c", CONSUMER, client.tracking_uri, f"models:/{MODEL}@champion"],
         cwd=elsewhere,
         env=environment,
+        stdin=subprocess.DEVNULL,  # A question would wait for ever.
         capture_output=True,
         text=True,
         check=False,
@@ -82,4 +82,3 @@ def test_champion_is_served_without_numprune(client: MlflowClient, tmp_path: Pat
     assert seen["frame"][0]
     assert len(seen["default"]) == len(seen["sampled"]) == 1
     assert "at least one token" in seen["empty"]
-    assert [column["name"] for column in seen["inputs"]] == ["prompt"]
