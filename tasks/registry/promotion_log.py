@@ -257,15 +257,17 @@ def _settle_once(client: "MlflowClient", model: str) -> bool:
         # Behind is what was right before the last record, or missing. Everything else was set by hand.
         if aliases.get(alias) == wanted or aliases.get(alias) not in (was, None):
             continue
-        if wanted is None:
-            client.delete_registered_model_alias(model, alias)
-        else:
-            try:
+        try:
+            if wanted is None:
+                client.delete_registered_model_alias(model, alias)
+            else:
                 client.set_registered_model_alias(model, alias, str(wanted))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                continue  # The version was deleted, which check_log reports.
+        except MlflowException as error:
+            if _aliases(client, model).get(alias) == aliases.get(alias):
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    continue  # The version was deleted, which check_log reports.
+                raise
+            # Somebody else set it at the same moment, which MLflow takes for an error: look again.
         changed = True
     return changed
 

@@ -83,13 +83,14 @@ class Workspace:
         shutil.copyfile(folder / "checkpoint/calibration/input_ids.safetensors", base / "calibration.safetensors")
         protocol = {"tokens_sha256": "0" * 64, "windows": 4, "length": 64, "stride": 64, "bos_token": "none added"}
         protocol |= {"data": "data/corpus/evaluation.jsonl", "dtype": "float32", "device": "cpu", "torch": "2"}
-        quality: dict[str, Any] = {"bits_per_byte": 1.2, "parameters": 80, "protocol": protocol}
+        quality: dict[str, Any] = {"bits_per_byte": 1.2, "protocol": protocol}
+        dense_size, size = weights_size(Path("models") / MODEL), weights_size(folder / "checkpoint")
         dense_tasks = {task: {"accuracy": 0.8, "stderr": 0.01} for task in tasks or {}}
         extra = {"perplexity_without_compensation": 30.0}
-        write(folder / "evaluation.json", {"perplexity": perplexity, **extra, **quality, "tasks": tasks or {}})
-        write(base / "dense/evaluation.json", {"perplexity": 20.0, **quality, "tasks": dense_tasks})
-        dense = {"parameters": 100, "checkpoint_bytes": 200, "peak_memory_bytes": 250, "tokens_per_second": 10.0}
-        cost = {"parameters": 80, "checkpoint_bytes": 160, "peak_memory_bytes": memory, "tokens_per_second": speed}
+        write(folder / "evaluation.json", {"perplexity": perplexity, **extra, **quality, **size, "tasks": tasks or {}})
+        write(base / "dense/evaluation.json", {"perplexity": 20.0, **quality, **dense_size, "tasks": dense_tasks})
+        dense = {**dense_size, "peak_memory_bytes": 250, "tokens_per_second": 10.0}
+        cost = {**size, "peak_memory_bytes": memory, "tokens_per_second": speed}
         benchmark = {"prompt_length": 8, "new_tokens": 8, "repeats": 1, "batch": 1, "dtype": "float32"}
         benchmark |= {"device": "cpu", "threads": 1, "torch": "2"}
         write(folder / "benchmark.json", {"dense": dense, "pruned": cost, "protocol": benchmark})
@@ -133,6 +134,13 @@ def protect(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o444)
+
+
+def weights_size(folder: Path) -> dict[str, int]:
+    """Parameters and bytes of a checkpoint in one file."""
+    file = folder / "model.safetensors"
+    parameters = sum(tensor.numel() for tensor in load_file(file).values())
+    return {"parameters": parameters, "checkpoint_bytes": file.stat().st_size}
 
 
 def lock() -> None:

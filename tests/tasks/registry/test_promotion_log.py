@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from tasks.parameters import Signing
 from tasks.publish import publish
@@ -146,6 +148,39 @@ def test_alias_that_was_never_right_is_left_for_a_person(client: MlflowClient) -
     client.set_registered_model_alias(MODEL, "champion", "2")
     settle_aliases(client, MODEL)
     assert int(client.get_registered_model(MODEL).aliases["champion"]) == 2
+
+
+def test_somebody_else_who_sets_the_alias_first_is_no_error(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(client, 1)
+    original = MlflowClient.set_registered_model_alias
+
+    def set_too_late(*args: str) -> None:
+        original(*args)
+        raise MlflowException("UNIQUE constraint failed: registered_model_aliases", error_code=BAD_REQUEST)
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", set_too_late)
+    settle_aliases(client, MODEL)
+    assert check_log(client, MODEL, UNSIGNED) == []
+
+
+def test_alias_that_cannot_be_set_is_an_error(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(client, 1)
+
+    def refuse(*_: str) -> None:
+        raise MlflowException("no permission")
+
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", refuse)
+    with pytest.raises(MlflowException, match="no permission"):
+        settle_aliases(client, MODEL)
+
+
+def test_deleted_champion_is_reported(client: MlflowClient) -> None:
+    record(client, 1)
+    client.delete_model_version(MODEL, "1")
+    settle_aliases(client, MODEL)
+    assert "version 1, which record 1 promoted, was deleted" in check_log(client, MODEL, UNSIGNED)
 
 
 @pytest.mark.parametrize("forged", ["text", "key", "none"])
