@@ -1,0 +1,1 @@
+"""Evidence of how a version came about, and its checks."""
