@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ class _Version:
     def tags(self) -> Mapping[str, str]:
         return self.predicate["buildDefinition"]["internalParameters"]["tags"]
 
-    @property
+    @cached_property
     def stages(self) -> dict[str, LockedStage]:
         return read_lock((self.folder / LOCK).read_text(encoding="utf-8"))
 
-    @property
+    @cached_property
     def made_by(self) -> dict[str, LockedStage]:
         return stages_behind(self.stages, results(self.external["model"], self.external["budget"]))
 

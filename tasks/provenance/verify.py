@@ -138,17 +138,12 @@ def _run(client: "MlflowClient", version: "ModelVersion", folder: Path) -> Itera
 
 
 def _aliases(client: "MlflowClient", version: "ModelVersion") -> Iterator[Disagreement]:
-    """The aliases that follow from something: the champion's from the log, a budget's from the version's budget."""
+    """Aliases of budgets; the log of promotions is asked about the champion's."""
     from tasks.publish import budget_alias
-    from tasks.registry.promotion_log import champion, previous, read_promotions
 
-    aliases = {name: int(number) for name, number in client.get_registered_model(version.name).aliases.items()}
-    promotions = read_promotions(client, version.name)
-    for alias, logged in {"champion": champion(promotions), "previous": previous(promotions)}.items():
-        yield from differing(f"MLflow: alias {alias}", aliases.get(alias), logged, "the promotion log")
     own = budget_alias(version.tags.get("budget", ""))
-    for alias, number in sorted(aliases.items()):
-        if number == int(version.version) and alias.partition("-")[0] in get_args(BudgetKind) and alias != own:
+    for alias, number in sorted(client.get_registered_model(version.name).aliases.items()):
+        if int(number) == int(version.version) and alias.partition("-")[0] in get_args(BudgetKind) and alias != own:
             yield Disagreement(f"MLflow: alias {alias}", f"points at version {number}, whose own alias is {own}")
 
 

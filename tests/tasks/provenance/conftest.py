@@ -25,7 +25,7 @@ from tasks.provenance.version_files import digest_file, dvc_folder_hash, read_di
 from tasks.publish import budget_alias
 from tasks.registry.connection import connect
 from tasks.registry.figures import figure_tags, metrics
-from tasks.registry.promotion_log import append
+from tasks.registry.promotion_log import append, read_promotions, settle_aliases
 from tests.flows.conftest import save_tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -293,11 +293,12 @@ def registry_template(workspace: Path, tmp_path_factory: pytest.TempPathFactory)
             )
             client.set_registered_model_alias(MODEL, budget_alias(budget), str(number))
     client.set_registered_model_alias(MODEL, "candidate", "2")
-    # Of two records, the first can be deleted and leaves a gap.
-    for reason in ("first", "again"):
-        promotion = {"statement_hash": hashes[0], "action": "promote", "by": "ann", "reason": reason, "criteria": []}
-        append(client, MODEL, 1, signing, when="2026-01-01T00:00:00Z", **promotion)
-    client.set_registered_model_alias(MODEL, "champion", "1")
+    # Of several records, the first can be deleted and leaves a gap.
+    for number, action in ((1, "promote"), (2, "promote"), (1, "rollback")):
+        promoted = client.get_model_version(MODEL, str(number))
+        seen = read_promotions(client, MODEL)
+        append(client, signing, seen=seen, version=promoted, action=action, by="ann", reason="tried", criteria=[])
+    settle_aliases(client, MODEL)
     return root
 
 
