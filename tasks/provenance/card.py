@@ -8,6 +8,7 @@ import yaml
 from tasks.layout import model_folder
 from tasks.provenance.bom import LIMITS
 from tasks.provenance.statement import CALIBRATION, CODE, SOURCE
+from tasks.provenance.version_files import CARD, read_json
 
 _ROWS = (
     ("parameters", "parameters", "{:,.0f}"),
@@ -20,13 +21,15 @@ _ROWS = (
 
 
 def source_licence(model: str) -> str | None:
-    """The licence that the card of a source model names, if it has a card that names one."""
+    """The licence of a source model, if its card or its configuration names one."""
+    folder = model_folder(model)
     try:
-        text = (model_folder(model) / "README.md").read_text(encoding="utf-8")
+        text = (folder / CARD).read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
     except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
-        return None
-    licence = front.get("license_name") or front.get("license") if isinstance(front, dict) else None
+        front = None
+    named = front.get("license") if isinstance(front, dict) else None
+    licence = named or read_json(folder / "config.json").get("license")
     return licence if isinstance(licence, str) else None
 
 
@@ -70,8 +73,8 @@ def make_card(
 {head}---
 # {title}
 
-`{base}`{state}, made smaller by structural pruning without training: {figures["achieved_ratio"]:.2%} of the attention
-and MLP parameters are gone. Budget `{budget}`, recipe `{recipe}`.
+`{base}`{state}, made smaller by structural pruning without training: {figures["achieved_ratio"]:.2%} of the
+attention and MLP parameters are gone. Budget `{budget}`, recipe `{recipe}`.
 
 ## Figures
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from graphlib import TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from rich.tree import Tree
 
 PICTURE_FORMATS = (".svg", ".png")
+# Left and right ends of the columns of the picture: inputs, stages, outcome.
+_COLUMNS = ((0.0, 42.0), (50.0, 86.0), (106.0, 150.0))
+# The stages have room beside them for arrows from one to another.
+_FRAMES = ((-1.0, 43.0), (49.0, 99.0), (105.0, 151.0))
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ def lineage_tree(lineage: Lineage) -> "Tree":
 
 
 def draw_lineage(lineage: Lineage, path: Path) -> None:
-    """Draws inputs, stages and the version as boxes and arrows.
+    """Draws inputs, stages and the version as boxes and arrows; arrows between stages are what one reads of another.
 
     Args:
         lineage: What to draw.
@@ -179,28 +184,23 @@ def draw_lineage(lineage: Lineage, path: Path) -> None:
     """
     if path.suffix not in PICTURE_FORMATS:
         raise NumpruneError(f"{path}: a picture's name must end in {' or '.join(PICTURE_FORMATS)}.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    inputs, outcome = _input_boxes(lineage), _outcome_boxes(lineage)
-    stages = [
-        (name, [f"{Path(made).name}  {_brief(md5)}" for made, md5 in s["makes"].items()])
-        for name, s in lineage.stages.items()
-    ]
-    columns = [inputs, stages, outcome]
-    height = max(sum(_lines(box) for box in column) + len(column) for column in columns)
+    columns = [_input_boxes(lineage), _stage_boxes(lineage), _outcome_boxes(lineage)]
+    height = max(sum(map(_lines, column)) + 2 * len(column) for column in columns)
     figure = Figure(figsize=(15, 0.24 * height + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set(xlim=(0, 150), ylim=(-height, 0.5))
+    axes.set(xlim=(-1, 151), ylim=(-height - 0.5, 0.5))
     axes.axis("off")
     axes.set_title(_title(lineage), loc="left", fontweight="bold")
-    colours = ("#e8f0fe", "#f3f3f3", "#e6f4ea")
-    places: list[list[tuple[float, float]]] = []
-    for column, left, width, colour in zip(columns, (0, 55, 104), (44, 38, 46), colours, strict=True):
-        places.append(_draw_column(axes, column, left=left, width=width, colour=colour, height=height))
-    for spans, (start, end) in zip((places[:2], places[1:]), ((44, 55), (93, 104)), strict=True):
-        _draw_arrow(axes, (start, _middle(spans[0])), (end, _middle(spans[1])))
+    spans = []
+    for column, (left, right), colour in zip(columns, _COLUMNS, ("#e8f0fe", "#f3f3f3", "#e6f4ea"), strict=True):
+        spans.append(_draw_column(axes, column, left=left, right=right, colour=colour, height=height))
+    for (left, right), (following, _) in pairwise([*_FRAMES, (0.0, 0.0)]):
+        _draw_frame(axes, left=left, right=right, height=height)
+        if following:
+            _draw_arrow(axes, (right, -height / 2), (following, -height / 2), width=3)
+    _draw_dependencies(axes, lineage, spans[1])
     with replace_on_success(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=130)
 
@@ -215,7 +215,7 @@ def _title(lineage: Lineage) -> str:
 
 
 def _input_boxes(lineage: Lineage) -> list[Box]:
-    source, drawn, code, parameters = lineage.source, lineage.calibration, lineage.code, lineage.parameters
+    source, drawn, code = lineage.source, lineage.calibration, lineage.code
     origin = source.get("repository") or source.get("folder") or source.get("path")
     commit = f"commit {_brief(code['commit'])}" if code["commit"] else "no known commit"
     packages = lineage.environment["packages"]
@@ -241,7 +241,6 @@ def _input_boxes(lineage: Lineage) -> list[Box]:
             [
                 f"budget {lineage.subject['budget']}",
                 f"recipe {lineage.subject['recipe']}",
-                f"workload {parameters.get('workload')}",
             ],
         ),
         ("code", [commit, f"changed since: {code['changed_since_commit']}"]),
@@ -256,15 +255,21 @@ def _input_boxes(lineage: Lineage) -> list[Box]:
     ]
 
 
+def _stage_boxes(lineage: Lineage) -> list[Box]:
+    return [
+        (name, [f"{Path(path).name}  {_brief(md5)}" for path, md5 in stage["makes"].items()])
+        for name, stage in lineage.stages.items()
+    ]
+
+
 def _outcome_boxes(lineage: Lineage) -> list[Box]:
     evaluation, dense = lineage.results["evaluation"], lineage.results["dense_evaluation"]
     benchmark = lineage.results["benchmark"]
+    pruned, before = benchmark["pruned"], benchmark["dense"]
     measured = [
         f"perplexity {evaluation['perplexity']:.4g}, dense {dense['perplexity']:.4g}",
-        *(
-            f"{title} {benchmark['pruned'][key]:,.4g}, dense {benchmark['dense'][key]:,.4g}"
-            for title, key in (("tokens/s", "tokens_per_second"), ("parameters", "parameters"))
-        ),
+        f"tokens/s {pruned['tokens_per_second']:,.1f}, dense {before['tokens_per_second']:,.1f}",
+        f"parameters {pruned['parameters']:,}, dense {before['parameters']:,}",
     ]
     subject = lineage.subject
     version = [
@@ -281,43 +286,52 @@ def _outcome_boxes(lineage: Lineage) -> list[Box]:
 
 
 def _draw_column(
-    axes: Any, boxes: Sequence[Box], *, left: float, width: float, colour: str, height: float
+    axes: Any, boxes: Sequence[Box], *, left: float, right: float, colour: str, height: float
 ) -> list[tuple[float, float]]:
-    """Draws boxes one below the other, in the middle of the height; returns their upper and lower ends."""
+    """Draws boxes one below the other, spread over the height; returns their upper and lower ends."""
     from matplotlib.patches import FancyBboxPatch
 
-    free = height - sum(map(_lines, boxes))
-    gap = free / len(boxes)
+    gap = (height - sum(map(_lines, boxes))) / len(boxes)
     top, spans = -gap / 2, []
-    for index, (title, lines) in enumerate(boxes):
+    for title, lines in boxes:
         tall = _lines((title, lines))
-        patch = FancyBboxPatch(
-            (left, top - tall),
-            width,
-            tall,
-            boxstyle="round,pad=0,rounding_size=0.6",
-            facecolor=colour,
-            edgecolor="#777",
+        shape = "round,pad=0,rounding_size=0.6"
+        axes.add_patch(
+            FancyBboxPatch((left, top - tall), right - left, tall, boxstyle=shape, facecolor=colour, edgecolor="#777")
         )
-        axes.add_patch(patch)
-        axes.text(left + 1, top - 1, title, fontsize=9, fontweight="bold", va="center", clip_on=True)
+        axes.text(left + 1, top - 1, title, fontsize=9, fontweight="bold", va="center")
         for number, line in enumerate(lines, start=2):
-            axes.text(
-                left + 1, top - number, _brief(line, int(width * 1.25)), fontsize=8, va="center", family="monospace"
-            )
+            text = _brief(line, int(1.3 * (right - left)))
+            axes.text(left + 1, top - number, text, fontsize=8, va="center", family="monospace")
         spans.append((top, top - tall))
-        if index and left == 55:
-            _draw_arrow(axes, (left + width / 2, spans[-2][1]), (left + width / 2, top))
         top -= tall + gap
     return spans
 
 
-def _draw_arrow(axes: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": "#555", "lw": 1.2})
+def _draw_dependencies(axes: Any, lineage: Lineage, spans: Sequence[tuple[float, float]]) -> None:
+    maker = {path: index for index, stage in enumerate(lineage.stages.values()) for path in stage["makes"]}
+    left, right = _COLUMNS[1]
+    for index, stage in enumerate(lineage.stages.values()):
+        for before in {maker[path] for path in stage["reads"] if path in maker}:
+            if before == index - 1:
+                middle = (left + right) / 2
+                _draw_arrow(axes, (middle, spans[before][1]), (middle, spans[index][0]))
+            else:
+                ends = ((right, sum(spans[place]) / 2) for place in (before, index))
+                _draw_arrow(axes, *ends, bend=-0.2)
 
 
-def _middle(spans: Sequence[tuple[float, float]]) -> float:
-    return (spans[0][0] + spans[-1][1]) / 2
+def _draw_frame(axes: Any, *, left: float, right: float, height: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((left, -height), right - left, height, fill=False, edgecolor="#bbb", linestyle=":"))
+
+
+def _draw_arrow(
+    axes: Any, start: tuple[float, float], end: tuple[float, float], *, width: float = 1.2, bend: float = 0.0
+) -> None:
+    style = {"arrowstyle": "-|>", "color": "#555", "lw": width, "connectionstyle": f"arc3,rad={bend}"}
+    axes.annotate("", xy=end, xytext=start, arrowprops={**style, "shrinkA": 0, "shrinkB": 0})
 
 
 def _lines(box: Box) -> int:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tasks.layout import (
     evaluation_file,
     plan_file,
 )
+from tasks.parameters import load_parameters
 from tasks.provenance.consistency import results
 from tasks.provenance.dvc_lock import LockedStage, read_lock, stages_behind
 from tasks.provenance.statement import CODE, dependencies, parse_statement
@@ -40,6 +42,7 @@ from tasks.provenance.version_files import (
 
 # Says where and with what something was measured, which may differ.
 _PROTOCOL = "protocol"
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class Verdict(Enum):
@@ -99,6 +102,9 @@ def reproduce(folder: Path, *, tolerance: float = 0.0) -> list[Comparison]:
     timed = benchmark_file(model, budget).as_posix()
     wanted = [path for path in results(model, budget) if path != timed]
     stages = stages_behind(recorded, wanted)
+    _check_paths(stages)
+    # DVC puts names of models and budgets into command lines; the schema lets them be names only.
+    load_parameters(folder / PARAMETERS)
     targets = [stage.name for stage in stages.values() if stage.outputs.keys() & set(wanted)]
     with _worktree(commit) as root:
         (root / "dvc.lock").unlink(missing_ok=True)  # Without it, nothing counts as done.
@@ -116,7 +122,7 @@ def reproduce(folder: Path, *, tolerance: float = 0.0) -> list[Comparison]:
 def _recorded_commit(statement: Mapping[str, Any]) -> str:
     code = dependencies(statement, CODE)[CODE]
     commit = code.get("digest", {}).get("gitCommit")
-    if commit is None:
+    if commit is None or not _COMMIT.fullmatch(commit):
         raise NumpruneError("The record names no commit: the version was made outside of git and cannot be reproduced.")
     if code["annotations"]["changed_since_commit"] != "false":
         raise NumpruneError(
@@ -149,14 +155,18 @@ def _worktree(commit: str) -> Iterator[Path]:
             _run(["git", "worktree", "remove", "--force", str(root)], Path.cwd())
 
 
+def _check_paths(stages: Mapping[str, LockedStage]) -> None:
+    for stage in stages.values():
+        for path in (*stage.dependencies, *stage.outputs):
+            if Path(path).is_absolute() or ".." in Path(path).parts:
+                raise NumpruneError(f"The record names {path}, which is outside of the repository: it is refused.")
+
+
 def _bring_inputs(root: Path, stages: Mapping[str, LockedStage]) -> None:
     """Copies inputs that git does not hold from this checkout, if they are those of the record."""
     made = {path for stage in stages.values() for path in stage.outputs}
     needed = {path: md5 for stage in stages.values() for path, md5 in stage.dependencies.items() if path not in made}
     for path, md5 in needed.items():
-        # dvc.lock names paths in the repository; any other is not for us to touch.
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise NumpruneError(f"The record names {path}, which is outside of the repository: it is refused.")
         if (root / path).exists():
             continue
         here = Path(path)
@@ -175,7 +185,11 @@ def _run_stages(root: Path, targets: list[str]) -> None:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     # PYTHONPATH could put this checkout's code before the recorded one.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    _run([sys.executable, "-m", "dvc", "repro", *targets], root, {**environment, "PATH": path, "DVC_NO_ANALYTICS": "1"})
+    _run(
+        [sys.executable, "-m", "dvc", "repro", "--", *targets],
+        root,
+        {**environment, "PATH": path, "DVC_NO_ANALYTICS": "1"},
+    )
 
 
 def _run(command: list[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:

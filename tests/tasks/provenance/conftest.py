@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import sqlite3
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -307,6 +308,11 @@ def version(workspace: Path, registry_template: Path, tmp_path: Path) -> Version
     """Version 1 in a registry of its own, signed and champion."""
     root = tmp_path / "registry"
     shutil.copytree(registry_template, root)
+    with sqlite3.connect(root / "mlflow.db") as database:
+        moved = (str(registry_template), str(root))
+        database.execute("UPDATE model_versions SET source = replace(source, ?, ?)", moved)
+        database.execute("UPDATE model_versions SET storage_location = replace(storage_location, ?, ?)", moved)
+    database.close()
     client = connect(Registry(tracking_uri=f"sqlite:///{root}/mlflow.db"))
     return Version(root, root / "1", root / "2", client, signing_of(workspace))
 
