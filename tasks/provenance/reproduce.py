@@ -113,10 +113,35 @@ def reproduce(folder: Path, *, tolerance: float = 0.0) -> list[Comparison]:
         _run_stages(root, targets)
         carried = _carried_files(folder, model, budget)
         return [
-            _compare(root / path, stage, path, carried=carried.get(path), tolerance=tolerance)
+            compare(root / path, stage, path, carried=carried.get(path), tolerance=tolerance)
             for stage in stages.values()
             for path in stage.outputs
         ]
+
+
+def compare(again: Path, stage: LockedStage, path: str, *, carried: Path | None, tolerance: float) -> Comparison:
+    """Compares what came out with the record.
+
+    Args:
+        again: Where it lies.
+        stage: That makes it, as recorded.
+        path: Its path in the repository.
+        carried: The recorded file or folder, if the version carries it; otherwise only its hash is known.
+        tolerance: As in `reproduce`.
+    """
+    recorded = stage.outputs[path]
+    reproduced = _dvc_hash(again) if again.exists() else None
+    deviation = None
+    if reproduced == recorded:
+        verdict = Verdict.IDENTICAL
+    elif reproduced is None:
+        verdict = Verdict.DIFFERENT
+    elif carried is None:
+        verdict = Verdict.INTERMEDIATE if tolerance else Verdict.DIFFERENT
+    else:
+        deviation = _deviation(carried, again)
+        verdict = Verdict.WITHIN if deviation <= tolerance else Verdict.DIFFERENT
+    return Comparison(path, stage.name, recorded, reproduced, verdict, deviation)
 
 
 def _recorded_commit(statement: Mapping[str, Any]) -> str:
@@ -210,22 +235,6 @@ def _carried_files(folder: Path, model: str, budget: str) -> dict[str, Path]:
         evaluation_file(model, budget).as_posix(): folder / EVALUATION,
         evaluation_file(model, None).as_posix(): folder / DENSE_EVALUATION,
     }
-
-
-def _compare(again: Path, stage: LockedStage, path: str, *, carried: Path | None, tolerance: float) -> Comparison:
-    recorded = stage.outputs[path]
-    reproduced = _dvc_hash(again) if again.exists() else None
-    deviation = None
-    if reproduced == recorded:
-        verdict = Verdict.IDENTICAL
-    elif reproduced is None:
-        verdict = Verdict.DIFFERENT
-    elif carried is None:
-        verdict = Verdict.INTERMEDIATE if tolerance else Verdict.DIFFERENT
-    else:
-        deviation = _deviation(carried, again)
-        verdict = Verdict.WITHIN if deviation <= tolerance else Verdict.DIFFERENT
-    return Comparison(path, stage.name, recorded, reproduced, verdict, deviation)
 
 
 def _dvc_hash(path: Path) -> str:

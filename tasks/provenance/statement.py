@@ -120,8 +120,9 @@ def parse_statement(text: str) -> dict[str, Any]:
         if content["predicate"]["buildDefinition"]["buildType"] != BUILD_TYPE:
             raise ValueError(f"buildType must be {BUILD_TYPE}")
         _check_completeness(content)
-    except (json.JSONDecodeError, json_format.ParseError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise NumpruneError(f"no provenance statement: {str(error).splitlines()[0]}") from None
+    except (json_format.ParseError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise NumpruneError(f"no provenance statement: {reason[0]}") from None
     return content
 
 

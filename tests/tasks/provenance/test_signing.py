@@ -34,7 +34,7 @@ def test_signature_holds_until_something_changes(folder: Path, tmp_path: Path) -
     assert "inside/c" in (check_folder_signature(folder, signing) or "")
 
 
-def test_openssf_command_line_accepts_the_signature(folder: Path, tmp_path: Path) -> None:
+def test_verifier_of_openssf_accepts_the_signature_as_it_is(folder: Path, tmp_path: Path) -> None:
     from model_signing import verifying
 
     signing = make_keys(tmp_path, "key")
