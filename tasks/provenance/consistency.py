@@ -176,9 +176,6 @@ def _source(version: _Version) -> Iterator[Disagreement]:
     plan = PruningPlan.load(version.folder / PLAN_FILE)
     stated = entries[SOURCE]["digest"]["fingerprint"]
     yield from differing(f"{PLAN_FILE}: source.fingerprint", plan.source.fingerprint, stated, "the statement")
-    yield from differing(
-        f"{PLAN_FILE}: source.revision", plan.source.revision, version.origin.get("revision"), "the statement"
-    )
     digest = hashlib.sha256()
     for name in ("config.json", *version.origin["weights"]):
         digest.update(bytes.fromhex(files[name]["sha256"]))

@@ -36,7 +36,7 @@ from tasks.provenance.version_files import (
     digest_file,
     dvc_folder_hash,
     is_weights,
-    read_digests,
+    model_digests,
     read_json,
 )
 
@@ -240,14 +240,7 @@ def _carried_files(folder: Path, model: str, budget: str) -> dict[str, Path]:
 def _dvc_hash(path: Path) -> str:
     if path.is_file():
         return digest_file(path).md5
-    return dvc_folder_hash(
-        {
-            name: digests.md5
-            for name, digests in read_digests(path.resolve())[0].items()
-            # As in .dvcignore: the card of a source model is no part of it.
-            if not (path.parent.name == "models" and name == "README.md")
-        }
-    )
+    return dvc_folder_hash({name: digests.md5 for name, digests in model_digests(path).items()})
 
 
 def _deviation(recorded: Path, again: Path) -> float:

@@ -24,11 +24,11 @@ from numprune.checkpoint import weight_files
 from numprune.errors import NumpruneError
 from numprune.plan import Source
 from tasks.layout import calibration_file, model_folder
-from tasks.parameters import Download, Parameters
+from tasks.parameters import Parameters
 from tasks.provenance.build import Build
 from tasks.provenance.dvc_lock import LockedStage
 from tasks.provenance.environment import package_versions, read_environment
-from tasks.provenance.version_files import CARD, UNLISTED, Digests, digest_file
+from tasks.provenance.version_files import UNLISTED, Digests, model_digests
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
@@ -68,7 +68,7 @@ def predicate(
                 "signed": signed,
             },
             "resolvedDependencies": [
-                *_source_files(build.model, parameters.downloads.get(build.model), source),
+                *_source_files(build.model, stages, source),
                 _calibration(build.model, parameters, stages, source),
                 _code(build.tags),
             ],
@@ -141,36 +141,31 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _source_files(model: str, download: Download | None, source: Source) -> list[dict[str, Any]]:
-    """One entry a file of the source model; the first says where all of them come from."""
+def _source_files(model: str, stages: Mapping[str, LockedStage], source: Source) -> list[dict[str, Any]]:
+    """One entry a file of the source model, after one that says where all of them come from."""
     folder = model_folder(model)
-    # As in .dvcignore: the card of a source model is no part of it.
-    names = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path != folder / CARD
-    )
-    if download is None:
-        origin = {"kind": "folder of the code's repository", "path": folder.as_posix()}
-    elif download.repository is not None:
-        origin = {"kind": "Hugging Face Hub", "repository": download.repository, "revision": download.revision}
-    else:
-        origin = {"kind": "folder", "folder": download.origin, "revision": download.revision}
+    origin = _origin(model, stages)
     entries = []
-    for name in names:
-        digests = digest_file(folder / name)
+    for name, digests in model_digests(folder).items():
         entry: dict[str, Any] = {"name": f"{SOURCE}/{name}", "digest": {"sha256": digests.sha256, "md5": digests.md5}}
-        if download is not None and download.repository is not None:
-            entry["downloadLocation"] = (
-                f"https://huggingface.co/{download.repository}/resolve/{download.revision}/{name}"
-            )
+        if repository := origin.get("repository"):
+            entry["downloadLocation"] = f"https://huggingface.co/{repository}/resolve/{origin['revision']}/{name}"
         entries.append(entry)
     # Those that the fingerprint goes over, in its order.
     weights = [path.name for path in weight_files(folder)]
-    model_entry = {
-        "name": SOURCE,
-        "digest": {"fingerprint": source.fingerprint},
-        "annotations": {**origin, "weights": weights},
-    }
-    return [model_entry, *entries]
+    annotations = {**origin, "weights": weights}
+    return [{"name": SOURCE, "digest": {"fingerprint": source.fingerprint}, "annotations": annotations}, *entries]
+
+
+def _origin(model: str, stages: Mapping[str, LockedStage]) -> dict[str, str]:
+    """Where a source model was fetched from, by the record of the stage that did, whatever params.yaml says since."""
+    path = model_folder(model).as_posix()
+    fetched = next((stage for stage in stages.values() if path in stage.outputs), None)
+    download = fetched.parameters.get(f"downloads.{model}") if fetched else None
+    if not download:
+        return {"kind": "folder of the code's repository", "path": path}
+    kind = "Hugging Face Hub" if download.get("repository") else "folder"
+    return {"kind": kind, **{key: str(value) for key, value in download.items() if value is not None}}
 
 
 def _calibration(

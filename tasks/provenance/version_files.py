@@ -62,6 +62,12 @@ def read_digests(folder: Path) -> tuple[dict[str, Digests], list[Irregular]]:
     return digests, irregular
 
 
+def model_digests(folder: Path) -> dict[str, Digests]:
+    """Digests of a source model's files, in the form in which DVC sees them: links followed, its card left out."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / CARD)
+    return {path.relative_to(folder).as_posix(): digest_file(path) for path in sorted(paths)}
+
+
 def digest_file(path: Path) -> Digests:
     """Both digests of a file, which is read once."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)

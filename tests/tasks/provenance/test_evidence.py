@@ -5,10 +5,13 @@ import pytest
 import yaml
 
 from numprune.errors import NumpruneError
-from tasks.parameters import Signing
-from tasks.provenance.bom import bom_mistakes
+from numprune.plan import PruningPlan
+from tasks.parameters import Signing, load_parameters
+from tasks.provenance.bom import bom_mistakes, make_bom
+from tasks.provenance.card import make_card
+from tasks.provenance.dvc_lock import LockedStage
 from tasks.provenance.evidence import write_evidence
-from tasks.provenance.statement import parse_statement
+from tasks.provenance.statement import parse_statement, predicate
 from tasks.provenance.verify import verify_folder, verify_version
 from tasks.provenance.version_files import BOM, STATEMENT, digest_file
 from tests.tasks.provenance.conftest import BUDGETS, MODEL, Version, make_build, make_folder
@@ -83,6 +86,25 @@ def test_bom_fits_its_schema_and_names_source_data_and_software(version: Version
     assert {"pkg:pypi/torch", "pkg:pypi/transformers", "pkg:pypi/safetensors"} <= purls
     assert bom_mistakes(text.replace('"1.6"', '"1.5"')) == ["specVersion must be 1.6"]
     assert bom_mistakes(text.replace('"machine-learning-model"', '"model"'))
+
+
+def test_model_of_the_hub_is_named_by_repository_and_commit(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    revision = "c" * 40
+    download = {"downloads.tiny": {"repository": "owner/tiny", "revision": revision}}
+    stages = {"download@tiny": LockedStage("download@tiny", {}, {"models/tiny": "0.dir"}, download)}
+    source = PruningPlan.load(Path("artifacts/tiny/0.3/plan.json")).source
+    provenance = predicate(make_build(BUDGETS[0], "run"), load_parameters(), stages, source, signed=False)
+    known = {entry["name"]: entry for entry in provenance["buildDefinition"]["resolvedDependencies"]}
+    assert known["source"]["annotations"]["revision"] == revision
+    address = f"https://huggingface.co/owner/tiny/resolve/{revision}/config.json"
+    assert known["source/config.json"]["downloadLocation"] == address
+    bom = make_bom(provenance, {}, {}, {}, None)
+    assert bom["components"][0]["purl"] == f"pkg:huggingface/owner/tiny@{revision}"
+    assert bom_mistakes(json.dumps(bom)) == []
+    card = make_card(provenance, {"achieved_ratio": 0.3}, {}, None)
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "owner/tiny"
+    assert "license" not in card.split("---")[1]
 
 
 def test_card_says_what_was_measured(version: Version) -> None:
