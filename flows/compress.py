@@ -6,9 +6,11 @@ results; Prefect decides when, tries again, stops and shows. Run it from the roo
     python -m flows.compress
 """
 
+import contextlib
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,10 @@ from prefect import flow, get_run_logger, task  # noqa: E402
 from prefect.artifacts import create_table_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError  # noqa: E402
+from prefect.concurrency.sync import concurrency  # noqa: E402
 from prefect.futures import PrefectFuture  # noqa: E402
+from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Cancelled, Completed, Failed  # noqa: E402
 from prefect.task_runners import ThreadPoolTaskRunner  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -37,6 +42,9 @@ from tasks.publish import Publication, publish  # noqa: E402
 from tasks.summary import COLUMNS, Row, cells, read_rows  # noqa: E402
 
 ROOT = Path()
+
+# The stages that run a model, on an accelerator if there is one.
+ACCELERATED = {"capture", "score", "prune", "compensate", "evaluate_dense", "evaluate", "benchmark"}
 
 # MLflow numbers versions in the order of registration: one at a time, lest two publishers race.
 _publishing = threading.Lock()
@@ -75,8 +83,14 @@ def _is_worth_another_try(_task: Any, _run: Any, state: State[Any]) -> bool:
     retry_condition_fn=_is_worth_another_try,
     retry_delay_seconds=2,
 )
-def reproduce(stage: str, timeout_hours: float) -> State[None]:
-    """Brings one stage up to date; its state is named after how it ended."""
+def reproduce(stage: str, timeout_hours: float, accelerator_limit: str | None) -> State[None]:
+    """Brings one stage up to date; its state is named after how it ended.
+
+    Args:
+        stage: Its name, as in `evaluate@reference-llama-0.2`.
+        timeout_hours: After which it is stopped.
+        accelerator_limit: Name of the Prefect concurrency limit of which a stage that runs a model takes one slot.
+    """
     if is_unchanged(ROOT, stage):
         return Completed(name=Ending.UNCHANGED.value)
     logger = get_run_logger()
@@ -92,9 +106,20 @@ def reproduce(stage: str, timeout_hours: float) -> State[None]:
             shown.update(progress)
 
     try:
-        return _state(stage, run_stage(stage, timeout_hours=timeout_hours, on_line=take))
+        with _accelerator(stage, accelerator_limit):
+            return _state(stage, run_stage(stage, timeout_hours=timeout_hours, on_line=take))
     except subprocess_group.StoppedError:
         return Cancelled(message="Stopped.")
+    except ConcurrencySlotAcquisitionError as error:
+        hint = f"`prefect global-concurrency-limit create {accelerator_limit} --limit 1` creates one."
+        return Failed(name=Ending.FAILED.value, message=f"{stage}: {error} {hint}")
+
+
+def _accelerator(stage: str, limit: str | None) -> contextlib.AbstractContextManager[None]:
+    if limit is None or stage.partition("@")[0] not in ACCELERATED:
+        return contextlib.nullcontext()
+    # A slot whose lease could not be renewed once is no reason to end hours of work.
+    return concurrency(limit, strict=True, raise_on_lease_renewal_failure=False)
 
 
 def _state(stage: str, outcome: Outcome) -> State[None]:
@@ -115,7 +140,7 @@ def publish_version(model: str, budget: str) -> Publication | State[None]:
     """Registers a checkpoint in MLflow, unless it is registered."""
     try:
         with _publishing:
-            publication = publish(model, budget)
+            publication = publish(model, budget, orchestrator={"prefect_flow_run": str(flow_run.id)})
     except NumpruneError as error:
         return Failed(name=Ending.REJECTED.value, message=f"publish@{model}-{budget}: {error}")
     what = "published as" if publication.is_new else "is already"
@@ -124,27 +149,23 @@ def publish_version(model: str, budget: str) -> Publication | State[None]:
 
 
 @flow(name="compress", persist_result=False)
-def compress() -> Report | State[None]:
-    """Runs what is not up to date, publishes what is new, and shows dense against pruned."""
+def compress(accelerator_limit: str | None = None) -> Report | State[None]:
+    """Runs what is not up to date, publishes what is new, and shows dense against pruned.
+
+    Args:
+        accelerator_limit: Name of the Prefect concurrency limit of which a stage that runs a model takes one slot.
+    """
     try:
-        parameters = load_parameters()
-        check_inputs(parameters)
+        parameters = _checked_parameters()
     except NumpruneError as error:
         return Failed(name=Ending.REJECTED.value, message=str(error))
-    subprocess_group.allow()
-    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=parameters.orchestration.workers)
-    with runner:
-        try:
-            stages = _submit_stages(runner, parameters)
-            publications = _submit_publications(runner, parameters, stages)
-            for future in (*stages.values(), *publications):
-                future.wait()
-        except BaseException:  # Ctrl-C and Prefect's cancellation among them.
-            subprocess_group.stop_all()
-            raise
-    states = [future.state for future in (*stages.values(), *publications)]
-    if failures := [state for state in states if state.is_failed() or state.is_crashed()]:
-        return _failed(failures, left_out=sum(not state.is_final() for state in states))
+    with _runner(parameters) as runner:
+        stages = _submit_stages(runner, parameters, accelerator_limit)
+        publications = _submit_publications(runner, parameters, stages)
+        for future in (*stages.values(), *publications):
+            future.wait()
+    if failed := _failed([*stages.values(), *publications]):
+        return failed
     report = Report(
         rows=[row for model in parameters.models for row in read_rows(model, parameters.budgets)],
         publications=[future.result() for future in publications],
@@ -154,12 +175,55 @@ def compress() -> Report | State[None]:
     return report
 
 
-def _submit_stages(runner: ThreadPoolTaskRunner[Any], parameters: Parameters) -> dict[str, PrefectFuture[Any]]:
+@flow(name="stages", persist_result=False)
+def reproduce_all(accelerator_limit: str | None = None) -> State[None]:
+    """Runs what is not up to date and publishes nothing: a release is committed in between.
+
+    Args:
+        accelerator_limit: Name of the Prefect concurrency limit of which a stage that runs a model takes one slot.
+    """
+    try:
+        parameters = _checked_parameters()
+    except NumpruneError as error:
+        return Failed(name=Ending.REJECTED.value, message=str(error))
+    with _runner(parameters) as runner:
+        stages = _submit_stages(runner, parameters, accelerator_limit)
+        for future in stages.values():
+            future.wait()
+    return _failed([*stages.values()]) or Completed()
+
+
+def _checked_parameters() -> Parameters:
+    parameters = load_parameters()
+    check_inputs(parameters)
+    return parameters
+
+
+@contextlib.contextmanager
+def _runner(parameters: Parameters) -> Iterator[ThreadPoolTaskRunner[Any]]:
+    """Threads for the tasks; whatever ends the flow early ends the stages that run."""
+    subprocess_group.allow()
+    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=parameters.orchestration.workers)
+    with runner:
+        try:
+            yield runner
+        except BaseException:  # Ctrl-C and Prefect's cancellation among them.
+            subprocess_group.stop_all()
+            raise
+
+
+def _submit_stages(
+    runner: ThreadPoolTaskRunner[Any], parameters: Parameters, accelerator_limit: str | None
+) -> dict[str, PrefectFuture[Any]]:
     options = parameters.orchestration
     stage_task = reproduce.with_options(retries=options.retries)
     futures: dict[str, PrefectFuture[Any]] = {}
     for stage, needed in stage_graph(ROOT).items():
-        arguments = {"stage": stage, "timeout_hours": options.timeout_hours}
+        arguments = {
+            "stage": stage,
+            "timeout_hours": options.timeout_hours,
+            "accelerator_limit": accelerator_limit,
+        }
         futures[stage] = runner.submit(stage_task, arguments, wait_for=[futures[name] for name in sorted(needed)])
     return futures
 
@@ -176,10 +240,14 @@ def _submit_publications(
     return futures
 
 
-def _failed(failures: list[State[Any]], *, left_out: int) -> State[None]:
+def _failed(futures: list[PrefectFuture[Any]]) -> State[None] | None:
+    states = [future.state for future in futures]
+    failures = [state for state in states if state.is_failed() or state.is_crashed()]
+    if not failures:
+        return None
     rejected = all(state.name == Ending.REJECTED.value for state in failures)
     messages = [state.message or str(state) for state in failures]
-    if left_out:
+    if left_out := sum(not state.is_final() for state in states):
         messages.append(f"{left_out} further tasks were left out because they need these results.")
     return Failed(name=(Ending.REJECTED if rejected else Ending.FAILED).value, message="\n".join(messages))
 
