@@ -96,7 +96,7 @@ def push(folder: Path) -> str | None:
         The name of the remote; None if none is configured.
 
     Raises:
-        NumpruneError: If DVC fails; it says what DVC said.
+        ConnectionError: If DVC fails; it says what DVC said.
     """
     from dvc.config import Config
 
@@ -106,7 +106,7 @@ def push(folder: Path) -> str | None:
     command = [sys.executable, "-m", "dvc", "push", "dvc.yaml"]
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise NumpruneError(f"dvc push to {remote} failed: {done.stderr.strip()}")
+        raise ConnectionError(f"dvc push to {remote} failed: {done.stderr.strip()}")
     return str(remote)
 
 
