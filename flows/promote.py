@@ -4,7 +4,7 @@ What a version has to reach stands in params.yaml under `promotion`. A refusal i
 named Refused.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.environment import prepare_environment
 
@@ -19,6 +19,9 @@ from prefect.states import Completed, Failed  # noqa: E402
 from flows.notification import load_notifier  # noqa: E402
 from flows.stages import Ending  # noqa: E402
 from numprune.errors import NumpruneError  # noqa: E402
+
+if TYPE_CHECKING:
+    from tasks.registry.promote import Decision
 
 
 class Approval(RunInput):
@@ -64,13 +67,29 @@ def _promote(reference: str, approval: bool, approval_hours: float) -> State[Any
     by, reason = f"Prefect flow run {flow_run.name} ({flow_run.id})", "The gate let it through."
     if approval:
         preview = decide(reference, by=by, reason=reason, dry_run=True)
-        if not preview.passed:
-            return Completed(name="Refused", message=str(preview))
-        question = Approval.with_initial_data(description=f"Make {reference} the champion?\n\n{preview}", approve=False)
+        if preview.outcome != "accepted":
+            return _state(preview)
+        description = f"Make {reference} the champion? {_describe(preview)}"
+        question = Approval.with_initial_data(description=description, approve=False)
         answer = pause_flow_run(wait_for_input=question, timeout=int(3600 * approval_hours), poll_interval=5)
         if not answer.approve:
             return Completed(name="Declined", message=f"Declined by {answer.by}: {answer.reason}")
         by, reason = answer.by, answer.reason or "Approved."
     # Verified and measured against the champion of this moment, whatever happened while the run was paused.
     decision = decide(reference, by=by, reason=reason)
-    return Completed(name="Promoted" if decision.passed else "Refused", message=str(decision))
+    return _state(decision)
+
+
+def _state(decision: "Decision") -> State[Any]:
+    names = {"accepted": "Promoted", "refused": "Refused", "unchanged": Ending.UNCHANGED.value}
+    return Completed(name=names[decision.outcome], message=_describe(decision))
+
+
+def _describe(decision: "Decision") -> str:
+    lines = [f"{decision.model} version {decision.version}: {decision.outcome}."]
+    lines += [
+        f"{'passed' if criterion.passed else 'FAILED'}: {criterion.name} {criterion.value}, limit {criterion.limit}: "
+        f"{criterion.why}"
+        for criterion in decision.criteria
+    ]
+    return "\n".join(lines)

@@ -74,13 +74,13 @@ class _Claim:
                     return
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="prepare", cache_policy=NO_CACHE, persist_result=False)
 def prepare(entry: Entry, parameters: Parameters, root: Path) -> Path:
     """Makes or mends the worktree."""
     return checkout.prepare(entry, parameters, root)
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="commit", cache_policy=NO_CACHE, persist_result=False)
 def commit(entry: Entry, folder: Path) -> str:
     """Commits what was run on what, and what came out."""
     made = checkout.commit(entry, folder)
@@ -88,7 +88,7 @@ def commit(entry: Entry, folder: Path) -> str:
     return made
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=10)
+@task(task_run_name="push", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=10)
 def push(folder: Path) -> None:
     """Sends the results to DVC's default remote, if there is one."""
     remote = checkout.push(folder)
@@ -96,7 +96,11 @@ def push(folder: Path) -> None:
     get_run_logger().info(said)
 
 
-@flow(name="release", flow_run_name="{name}@{revision}", persist_result=False)
+def _run_name() -> str:
+    return f"{flow_run.parameters['name']}@{flow_run.parameters['revision'][:12]}"
+
+
+@flow(name="release", flow_run_name=_run_name, persist_result=False)
 def release(name: str, revision: str, parameters: str, accelerator_limit: str | None = None) -> State[Any]:
     """Compresses a release that the ledger knows, commits, pushes and registers the result.
 

@@ -143,20 +143,17 @@ def take_hub_event(payload: Mapping[str, Any]) -> str:
     """Announces the commit that a watched model was brought to; says what it did."""
     repository = _mapping(payload, "repo")
     refs = payload.get("updatedRefs")
-    heads = (
-        [ref.get("newSha") for ref in refs if isinstance(ref, dict) and ref.get("ref") == "refs/heads/main"]
-        if isinstance(refs, list)
-        else []
-    )
-    if repository.get("type") != "model" or not heads:
+    branches = [ref.get("ref") for ref in refs if isinstance(ref, dict)] if isinstance(refs, list) else []
+    of_model = repository.get("type") == "model" and _mapping(payload, "event").get("scope") == "repo.content"
+    if not of_model or "refs/heads/main" not in branches:
         return "nothing to do: no new commit of a model"
     parameters = load_parameters()
     name = str(repository.get("name"))
     if not _is_watched(name, parameters.watch):
         return f"nothing to do: {name} is in no source of params.yaml"
-    commit = heads[-1] or repository.get("headSha")
+    commit = str(repository.get("headSha"))
     try:
-        found = hub_release(name, str(commit))
+        found = hub_release(name, commit)
     except (ValueError, NumpruneError) as error:
         raise RefusedError(422, str(error)) from None
     ledger = Ledger(parameters.watch.ledger, lease_seconds=parameters.watch.lease_seconds)
