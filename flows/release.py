@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flows.environment import prepare_environment
 
@@ -27,6 +27,7 @@ from flows.events import version_registered  # noqa: E402
 from flows.stages import Ending  # noqa: E402
 from numprune.errors import NumpruneError  # noqa: E402
 from tasks.parameters import Parameters, load_parameters  # noqa: E402
+from tasks.publish import Publication  # noqa: E402
 from tasks.releases import checkout  # noqa: E402
 from tasks.releases.ledger import DONE, Entry, Key, Ledger  # noqa: E402
 
@@ -165,12 +166,12 @@ def _compress(
         commit(entry, folder)
         push(folder)
         claim.check()
-        versions = []
+        versions: list[Publication] = []
         for budget in load_parameters().budgets:
             state = publish_version(entry.key.name, budget, return_state=True)
             if not state.is_completed():
                 return state
-            versions.append(state.result())
+            versions.append(cast(Publication, state.result()))
     for version in versions:
         version_registered(version.model, version.version)
     return None

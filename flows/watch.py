@@ -52,9 +52,13 @@ def _watch_once(
 ) -> None:
     """Asks every source once."""
     load_parameters()  # Before Prefect's server is started: a mistake in params.yaml is said at once.
-    watch()
-    if here:
-        sys.exit(_compress_all())
+    try:
+        watch()
+        code = _compress_all() if here else 0
+    except KeyboardInterrupt:
+        print("Stopped. What was finished stays; the next run goes on from there.", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 def _compress_all() -> int:
@@ -81,8 +85,4 @@ def _compress(entry: Entry, wait_seconds: float) -> State[Any]:
 
 
 if __name__ == "__main__":
-    try:
-        run_step(_watch_once)
-    except KeyboardInterrupt:
-        print("Stopped. What was finished stays; the next run goes on from there.", file=sys.stderr)
-        sys.exit(130)
+    run_step(_watch_once)
