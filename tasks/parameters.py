@@ -23,6 +23,12 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _without_dots(name: str) -> str:
+    if "." in name:
+        raise ValueError(f"{name!r} must have no dot: DVC takes it for a level of params.yaml; write '_'")
+    return name
+
+
 def _budget(value: Any) -> str:
     try:
         parse_budget(str(value))
@@ -47,6 +53,7 @@ def _without_repeats(items: list[Any]) -> list[Any]:
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
+DownloadName = Annotated[FolderName, AfterValidator(_without_dots)]
 BudgetText = Annotated[str, BeforeValidator(_budget)]
 ByteText = Annotated[str, BeforeValidator(_bytes)]
 Count = Annotated[int, Field(gt=0)]
@@ -316,7 +323,7 @@ class Parameters(_Section):
     models: Annotated[list[FolderName], AfterValidator(_without_repeats)] = Field(
         min_length=1, description="Folders below models/ to compress."
     )
-    downloads: dict[FolderName, Download] = Field(
+    downloads: dict[DownloadName, Download] = Field(
         default={}, description="Models to fetch first, from the Hub or from another folder."
     )
     budgets: Annotated[list[BudgetText], AfterValidator(_without_repeats)] = Field(

@@ -93,6 +93,29 @@ def test_download_needs_a_full_commit(content: dict[str, Any], tmp_path: Path) -
         load(content, tmp_path)
 
 
+def test_dvc_cannot_read_a_download_whose_name_has_a_dot(content: dict[str, Any], tmp_path: Path) -> None:
+    content["downloads"] = {"llama-3.1": {"repository": "owner/model", "revision": "0" * 40}}
+    with pytest.raises(NumpruneError, match=r"'llama-3\.1' must have no dot"):
+        load(content, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "download",
+    [
+        {"revision": "0" * 40},
+        {"repository": "owner/model", "folder": "/model", "revision": "0" * 40},
+        {"folder": "/model", "revision": "0" * 40},
+        {"repository": "owner/model", "revision": "0" * 64},
+    ],
+)
+def test_download_has_one_origin_and_its_kind_of_revision(
+    content: dict[str, Any], tmp_path: Path, download: dict[str, str]
+) -> None:
+    content["downloads"] = {"model": download}
+    with pytest.raises(NumpruneError, match=r"downloads\.model: Value error, (give either|the revision must)"):
+        load(content, tmp_path)
+
+
 @pytest.mark.parametrize(("text", "message"), [("a: [", "no valid YAML"), ("", "the file"), ("- 1", "the file")])
 def test_file_that_is_no_mapping(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(NumpruneError, match=message):
