@@ -92,9 +92,7 @@ def allocate(
     if not amount > 0:
         raise ValueError(f"amount must be above 0, got {amount}")
     costs = costs or {group.name: group.unit_parameters for group in groups}
-    bundles = [
-        _Bundle.of(bundle, allocation, rankings, costs, shapes) for bundle in _bundled(groups, shapes, allocation)
-    ]
+    bundles = _bundles(groups, rankings, allocation, costs, shapes)
     most = sum(bundle.cost_of(bundle.options[-1]) for bundle in bundles)
     if most < amount * (1 - _ROUNDING):
         share = most / sum(group.units * costs[group.name] for group in groups)
@@ -104,6 +102,38 @@ def allocate(
         )
     threshold = _walk(bundles, amount)
     return Allocated({group.name: bundle.removed for bundle in bundles for group in bundle.groups}, threshold)
+
+
+def unit_prices(
+    groups: Sequence[PrunableGroup],
+    rankings: Mapping[str, Ranking],
+    *,
+    allocation: Allocation = "global",
+    costs: Mapping[str, float] | None = None,
+    shapes: Shapes = Shapes(),
+) -> dict[str, Tensor]:
+    """The price of every unit, which `allocate` compares with its threshold.
+
+    Units whose price is below the threshold went, but for those that did not fit what was left of the budget.
+
+    Args:
+        groups: All prunable groups of the model.
+        rankings: Of every group, by its name.
+        allocation: As for `allocate`.
+        costs: As for `allocate`.
+        shapes: As for `allocate`.
+
+    Returns:
+        (units,) float64 in the order in which the group's units go, by its name; infinite where a unit may not go.
+    """
+    costs = costs or {group.name: group.unit_parameters for group in groups}
+    prices: dict[str, Tensor] = {}
+    for bundle in _bundles(groups, rankings, allocation, costs, shapes):
+        of_units = torch.full((bundle.groups[0].units,), math.inf, dtype=torch.float64)
+        for start, end, price in bundle.steps:
+            of_units[start:end] = price
+        prices |= {group.name: of_units for group in bundle.groups}
+    return prices
 
 
 def allocate_literally(
@@ -177,6 +207,16 @@ class _Bundle:
     def cost_of(self, removed: int) -> float:
         """What removing so many units from each group saves."""
         return removed * self.unit_cost
+
+
+def _bundles(
+    groups: Sequence[PrunableGroup],
+    rankings: Mapping[str, Ranking],
+    allocation: Allocation,
+    costs: Mapping[str, float],
+    shapes: Shapes,
+) -> list[_Bundle]:
+    return [_Bundle.of(bundle, allocation, rankings, costs, shapes) for bundle in _bundled(groups, shapes, allocation)]
 
 
 def _bundled(

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune.calibration import evaluation_windows
-from numprune.checkpoint import load_model
+from numprune.checkpoint import load_model, load_tokenizer
+from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.files import replace_on_success
 from numprune.perplexity import Perplexity, perplexity, window_losses
@@ -21,7 +22,8 @@ from numprune.progress import track
 from numprune.pruning import apply_plan
 from numprune.samples import fingerprint
 from tasks.accuracy import Answers, answer
-from tasks.layout import answers_file, checkpoint_folder, evaluation_file, model_folder, plan_file
+from tasks.comparison import compare
+from tasks.layout import answers_file, checkpoint_folder, comparison_file, evaluation_file, model_folder, plan_file
 from tasks.parameters import Parameters, load_parameters
 from tasks.step import run_step
 
@@ -48,16 +50,20 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         "parameters": loaded.num_parameters(),
     }
     if budget is not None:
-        cut = load_model(dense_folder, dtype=working_dtype(device), device=device)
+        dense = load_model(dense_folder, dtype=working_dtype(device), device=device)
+        cut = twin(dense)
         for _ in apply_plan(cut, PruningPlan.load(plan_file(model, budget)), measured=None, recovery="none"):
             pass
         metrics["perplexity_without_compensation"] = measure(cut, "evaluate without compensation").perplexity
+        compared = compare(dense, loaded, cut, windows, load_tokenizer(dense_folder))
+        _write(comparison_file(model, budget), compared)
+        del dense, cut
     answers = _answer(loaded, folder, parameters)
     metrics["tasks"] = {name: _summed_up(answers[name]) for name in answers}
     if budget is not None:
-        dense = _load_answers(answers_file(model, None))
+        dense_answers = _load_answers(answers_file(model, None))
         for name, given in answers.items():
-            metrics["tasks"][name]["against_dense"] = given.difference(dense[name])
+            metrics["tasks"][name]["against_dense"] = given.difference(dense_answers[name])
     metrics["protocol"] = {
         "data": settings.data,
         "tokens_sha256": fingerprint(windows),

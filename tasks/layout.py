@@ -46,6 +46,11 @@ def answers_file(model: str, budget: str | None) -> Path:
     return run_folder(model, budget) / "answers.json"
 
 
+def comparison_file(model: str, budget: str) -> Path:
+    """Hidden states and generated text of a pruned model beside the dense one's."""
+    return run_folder(model, budget) / "comparison.json"
+
+
 def benchmark_file(model: str, budget: str) -> Path:
     """Cost of the dense and a pruned model."""
     return run_folder(model, budget) / "benchmark.json"
@@ -54,6 +59,11 @@ def benchmark_file(model: str, budget: str) -> Path:
 def run_folder(model: str, budget: str | None) -> Path:
     """All files of one budget, or of the dense model if there is none."""
     return _model_artifacts(model) / ("dense" if budget is None else budget)
+
+
+def report_page(model: str | None = None, budget: str | None = None) -> Path:
+    """The page of a run, or of all of them if no model is given."""
+    return REPORT / "index.html" if model is None else REPORT / "runs" / f"{model}-{budget}.html"
 
 
 def _model_artifacts(model: str) -> Path:

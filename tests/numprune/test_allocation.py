@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numprune.allocation import Allocated, Shapes, allocate, allocate_literally
+from numprune.allocation import Allocated, Shapes, allocate, allocate_literally, unit_prices
 from numprune.architectures import PrunableGroup
 from numprune.errors import NumpruneError
 from numprune.ranking import Ranking
@@ -397,3 +397,25 @@ def test_loss_aware_needs_rises():
 def test_amount_out_of_range(amount):
     with pytest.raises(ValueError, match="amount must be above 0"):
         allocate(model_of(1), {}, amount)
+
+
+def test_price_of_a_unit_is_its_score_where_scores_rise():
+    groups = model_of(2)
+    scores = random_scores(groups, 3)
+    prices = unit_prices(groups, rankings_by(scores), shapes=Shapes(depth=True))
+    for g in groups:
+        torch.testing.assert_close(prices[g.name], scores[g.name].sort().values)
+
+
+@given(SEEDS, st.floats(0.05, 0.7))
+@settings(max_examples=30, deadline=None)
+def test_units_below_the_threshold_are_those_that_go(seed, ratio):
+    """With units of one size nothing is passed over; of the group whose turn it was last, a part may stay."""
+    groups = [group(i, "mlp", 9, 5) for i in range(4)]
+    rankings = rankings_with(random_rises(groups, seed, convex=False))
+    amount = ratio * sum(g.parameters for g in groups)
+    removed, threshold = allocate(groups, rankings, amount, allocation="loss_aware")
+    prices = unit_prices(groups, rankings, allocation="loss_aware")
+    for g in groups:
+        assert (prices[g.name] < threshold).sum() <= removed[g.name] <= (prices[g.name] <= threshold).sum()
+        assert prices[g.name][-1] == math.inf
