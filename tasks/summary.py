@@ -1,4 +1,4 @@
-"""Sum up dense against pruned: a table, the same as JSON, and a picture of perplexity against the share removed."""
+"""Sum up dense against pruned: a table, the same as JSON, a picture of perplexity, and the pages of the report."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,7 +47,10 @@ COLUMNS = (
 
 
 def summarise() -> None:
-    """Writes `report/summary.json`, `report/summary.md` and `report/perplexity.png` from all metric files."""
+    """Writes `report/summary.json`, `report/summary.md`, `report/perplexity.png` and the pages, from all results."""
+    # The flow imports this module for its table alone.
+    from tasks.report.pages import write_pages
+
     parameters = load_parameters()
     rows = [row for model in parameters.models for row in read_rows(model, parameters.budgets)]
     with replace_on_success(REPORT / "summary.json") as path:
@@ -56,6 +59,7 @@ def summarise() -> None:
         path.write_text(_markdown(rows), encoding="utf-8")
     with replace_on_success(REPORT / "perplexity.png") as path:
         draw(rows, path)
+    write_pages(parameters)
 
 
 def read_rows(model: str, budgets: Sequence[str]) -> list[Row]:

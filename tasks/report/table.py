@@ -1,0 +1,153 @@
+"""The table dense against pruned, as text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numprune.budget import BudgetKind, readable
+from tasks.report.limits import Check
+from tasks.report.results import Results
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric.
+
+    Attributes:
+        metric: Its name.
+        dense: Of the dense model.
+        pruned: Of the pruned one.
+        change: From the one to the other.
+        note: What is to be known about it: an interval, what was to be expected.
+        broken: The limits it does not meet, as text.
+    """
+
+    metric: str
+    dense: str
+    pruned: str
+    change: str
+    note: str = ""
+    broken: tuple[str, ...] = ()
+
+
+def quality_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
+    """Perplexity, bits per byte and the accuracy of every task."""
+    dense, pruned = results.dense, results.pruned
+    without = pruned["perplexity_without_compensation"]
+    lines = [
+        _line("Perplexity", dense["perplexity"], pruned["perplexity"], "{:.2f}".format, checks),
+        _line("Perplexity without compensation", dense["perplexity"], without, "{:.2f}".format, checks),
+    ]
+    if dense["bits_per_byte"] is not None:
+        lines.append(_line("Bits per byte", dense["bits_per_byte"], pruned["bits_per_byte"], "{:.4f}".format, checks))
+    for task, figures in pruned["tasks"].items():
+        against = figures["against_dense"]
+        low, high = 100 * against["low"], 100 * against["high"]
+        lines.append(
+            Line(
+                task,
+                _accuracy(dense["tasks"][task]),
+                _accuracy(figures),
+                f"{100 * against['difference']:+.1f} points",
+                f"95 % interval {low:+.1f} to {high:+.1f}, on the same {figures['questions']} questions",
+                _broken(task, checks),
+            )
+        )
+    return lines
+
+
+def cost_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
+    """Speed and memory as measured, size and work as counted."""
+    dense, pruned = results.benchmark["dense"], results.benchmark["pruned"]
+    ratios, protocol = results.benchmark["ratios"], results.benchmark["protocol"]
+    tokens = protocol["batch"] * protocol["new_tokens"]
+    by_bytes = _expected(ratios["speed_up"], ratios["expected_by_bytes"], "the bytes read for a token")
+    by_flops = _expected(ratios["prefill_speed_up"], ratios["expected_by_flops"], "the operations")
+
+    def counted(metric: str, key: str, kind: BudgetKind, note: str = "") -> Line:
+        return _line(metric, dense[key], pruned[key], lambda value: readable(value, kind), checks, note)
+
+    return [
+        Line(
+            "Tokens per second",
+            _speed(dense, tokens),
+            _speed(pruned, tokens),
+            _times(ratios["speed_up"]),
+            by_bytes,
+            _broken("Tokens per second", checks),
+        ),
+        counted("Time to first token", "seconds_to_first_token", "latency"),
+        counted("Time per further token", "seconds_per_token", "latency"),
+        _line(
+            "Prefill, tokens per second",
+            dense["prefill_tokens_per_second"],
+            pruned["prefill_tokens_per_second"],
+            "{:,.0f}".format,
+            checks,
+            by_flops,
+        ),
+        counted("Peak memory", "peak_memory_bytes", "memory"),
+        counted("File size", "checkpoint_bytes", "size"),
+        counted("Parameters", "parameters", "parameters"),
+        counted("Operations per token", "flops_per_token", "flops", "by count"),
+        counted("Bytes read per token", "bytes_per_token", "memory", "by count: weights, and cached keys and values"),
+        counted("Key/value cache per token", "cache_bytes_per_token", "memory", "by count"),
+    ]
+
+
+@dataclass(frozen=True)
+class WorkloadLine:
+    """Speed at one batch size and prompt length."""
+
+    batch: int
+    prompt_length: int
+    dense: str
+    pruned: str
+    speed_up: str
+    first_token: str
+    prefill_speed_up: str
+
+
+def workload_lines(results: Results) -> list[WorkloadLine]:
+    """Every batch size and prompt length that was measured."""
+    return list(_workload_lines(results.benchmark["workloads"], results.benchmark["protocol"]["new_tokens"]))
+
+
+def _workload_lines(workloads: Sequence[Mapping[str, Any]], new_tokens: int) -> Iterator[WorkloadLine]:
+    for workload in workloads:
+        dense, pruned = workload["dense"], workload["pruned"]
+        yield WorkloadLine(
+            workload["batch"],
+            workload["prompt_length"],
+            _speed(dense, workload["batch"] * new_tokens),
+            _speed(pruned, workload["batch"] * new_tokens),
+            _times(pruned["tokens_per_second"] / dense["tokens_per_second"]),
+            " → ".join(readable(side["seconds_to_first_token"], "latency") for side in (dense, pruned)),
+            _times(pruned["prefill_tokens_per_second"] / dense["prefill_tokens_per_second"]),
+        )
+
+
+def _line(metric: str, dense: float, pruned: float, write: Any, checks: Sequence[Check], note: str = "") -> Line:
+    return Line(metric, write(dense), write(pruned), _times(pruned / dense), note, _broken(metric, checks))
+
+
+def _broken(metric: str, checks: Sequence[Check]) -> tuple[str, ...]:
+    return tuple(check.limit for check in checks if check.metric == metric and not check.met)
+
+
+def _accuracy(figures: Mapping[str, Any]) -> str:
+    return f"{figures['accuracy']:.1%} ± {figures['stderr']:.1%}"
+
+
+def _speed(side: Mapping[str, Any], tokens: int) -> str:
+    """The median, and the slowest and the fastest run."""
+    slowest, fastest = (tokens / pick(side["seconds"]) for pick in (max, min))
+    return f"{side['tokens_per_second']:,.0f} ({slowest:,.0f} to {fastest:,.0f})"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} ×" if abs(ratio - 1) >= 0.1 else f"{ratio:.3f} ×"
+
+
+def _expected(measured: float, expected: float, reason: str) -> str:
+    return f"{_times(expected)} to be expected from {reason}; measured is {measured / expected:.0%} of that"
