@@ -96,7 +96,7 @@ def figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> It
         columns: Of axes.
         options: Of `Figure.subplots`.
     """
-    style = {
+    style: Any = {
         "font.size": 9.5,
         "font.family": "sans-serif",
         "text.color": INK,

@@ -40,10 +40,14 @@ def _checks(results: Results, promotion: Promotion) -> Iterator[Check]:
         for task, figures in results.pruned["tasks"].items():
             drop, error = -figures["against_dense"]["difference"], figures["against_dense"]["stderr"]
             margin = promotion.standard_errors * error
-            limit = f"at most {most:.1%} less, give or take {promotion.standard_errors:g} standard errors of {error:.1%}"
+            limit = (
+                f"at most {most:.1%} less, give or take {promotion.standard_errors:g} standard errors of {error:.1%}"
+            )
             yield Check(task, f"{-drop:+.1%}", limit, drop - most <= margin)
     if (least := promotion.min_speed_up) is not None:
-        yield Check("Tokens per second", f"{results.speed_up:.2f} ×", f"at least {least:g} ×", results.speed_up >= least)
+        yield Check(
+            "Tokens per second", f"{results.speed_up:.2f} ×", f"at least {least:g} ×", results.speed_up >= least
+        )
     if promotion.max_memory is not None:
         peak = results.benchmark["pruned"]["peak_memory_bytes"]
         within = peak <= parse_budget(f"memory-{promotion.max_memory}").value

@@ -65,9 +65,8 @@ def library_command(results: Results, parameters: Parameters) -> str | None:
     preset = RECIPES.get(recipe_name(recipe), RECIPES["best"])
     if recipe.seed != preset.seed:
         return None
-    words = ["numprune", "prune", str(model_folder(results.model))]
     kind, _, value = results.budget.rpartition("-")
-    words += [f"--{kind or 'ratio'}", value]
+    words = [f"--{kind or 'ratio'}", value]
     if parse_budget(results.budget).kind in {"memory", "flops", "latency"}:
         words += ["--batch", str(parameters.workload.batch), "--context", str(parameters.workload.length)]
     words += ["--recipe", next(name for name, value in RECIPES.items() if value == preset)]
@@ -75,7 +74,10 @@ def library_command(results: Results, parameters: Parameters) -> str | None:
     words += ["--calibration", calibration.data, "--samples", str(calibration.samples), "--seed", str(calibration.seed)]
     if calibration.length is not None:
         words += ["--length", str(calibration.length)]
-    return shlex.join([*words, "--output", "out/"])
+    words += ["--output", "out/"]
+    # An option a line.
+    options = shlex.join(words).replace(" --", " \\\n  --")
+    return f"numprune prune {shlex.quote(str(model_folder(results.model)))} \\\n  {options}"
 
 
 def _overrides(recipe: Recipe, preset: Recipe) -> Iterator[str]:

@@ -101,9 +101,7 @@ def _sweep_page(environment: Environment, models: Mapping[str, Sequence[_Run]], 
         model: _saved(sweep_plots(model, [run.results for run in runs]), plots / "sweep")
         for model, runs in models.items()
     }
-    return environment.get_template("sweep.html").render(
-        models=models, plots=drawn, plots_folder=f"{PLOTS.name}/sweep"
-    )
+    return environment.get_template("sweep.html").render(models=models, plots=drawn, plots_folder=f"{PLOTS.name}/sweep")
 
 
 def _saved(plots: Sequence[Plot], folder: Path) -> list[Plot]:

@@ -53,7 +53,6 @@ def kept_units(plan: PruningPlan) -> Plot:
         bar.set_label("share kept")
         bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0))
         bar.outline.set_visible(False)
-        bar.solids.set_edgecolor("face")
     rows = [
         (block, _UNITS[kind], group.units, len(group.kept), round(len(group.kept) / group.units, 4))
         for kind in KINDS
@@ -90,9 +89,7 @@ def _draw_kept(panel: Axes, groups: Mapping[int, GroupPlan], blocks: int, units:
     panel.set_yticks([block + 0.5 for block in range(0, blocks, every)], [str(b) for b in range(0, blocks, every)])
     counts = panel.secondary_yaxis("right")
     shown = [block for block in groups if block % every == 0]
-    counts.set_yticks(
-        [block + 0.5 for block in shown], [f"{len(groups[b].kept)} of {groups[b].units}" for b in shown]
-    )
+    counts.set_yticks([block + 0.5 for block in shown], [f"{len(groups[b].kept)} of {groups[b].units}" for b in shown])
     counts.spines["right"].set_visible(False)
     counts.tick_params(length=0)
     panel.set_xticks([])
@@ -125,7 +122,16 @@ def unit_scores(results: Results) -> Plot:
         "score that went; a layer without one lost nothing. Each layer has its own, because scores of different layers "
         "are weighed by what they cost the model.",
         figure=drawn,
-        columns=("layer", "units", "lowest", "first quartile", "median", "third quartile", "highest", "highest removed"),
+        columns=(
+            "layer",
+            "units",
+            "lowest",
+            "first quartile",
+            "median",
+            "third quartile",
+            "highest",
+            "highest removed",
+        ),
         rows=rows,
     )
 
@@ -184,9 +190,7 @@ def prices(results: Results) -> Plot:
         panel.grid(axis="y")
         drawn.legend(loc="outside upper left", ncols=3)
     ranges = zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-    rows = [
-        (low, high, *(counts[kind][index].item() for kind in KINDS)) for index, (low, high) in enumerate(ranges)
-    ]
+    rows = [(low, high, *(counts[kind][index].item() for kind in KINDS)) for index, (low, high) in enumerate(ranges)]
     stuck = 1 - sum(part.sum().item() for part in weights.values())
     return Plot(
         name="threshold",
@@ -294,14 +298,14 @@ def quality_against(model: str, runs: Sequence[Results], what: str) -> Plot:
             panel.annotate(
                 name,
                 (cost, perplexity),
-                xytext=(0, 9),
+                # On the side that the front never crosses.
+                xytext=(-7 * sign, -12),
                 textcoords="offset points",
-                ha="center",
-                bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+                ha="right" if less_is_better else "left",
             )
         panel.set_xlabel(label)
         panel.set_ylabel("perplexity")
-        panel.margins(0.14, 0.2)
+        panel.margins(0.22, 0.2)
         panel.grid()
     best_names = ", ".join(points[index][0] for index in front)
     return Plot(
@@ -373,7 +377,7 @@ def run_plots(results: Results) -> list[Plot]:
     """All plots of a run's page; those of scores where the recipe ranks before it knows the budget."""
     scored = [unit_scores(results)] if results.rankings else []
     priced = [prices(results)] if results.prices else []
-    return [kept_units(results.plan), *priced, *scored, hidden_states(results)]
+    return [kept_units(results.plan), *scored, *priced, hidden_states(results)]
 
 
 def sweep_plots(model: str, runs: Sequence[Results]) -> list[Plot]:

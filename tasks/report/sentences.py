@@ -25,8 +25,8 @@ def _quality(results: Results) -> str:
     dense, pruned = results.dense["perplexity"], results.pruned["perplexity"]
     without = results.pruned["perplexity_without_compensation"]
     said = (
-        f"Perplexity on held-out text goes from {dense:.2f} to {pruned:.2f} ({results.perplexity_ratio - 1:+.1%}; lower "
-        f"is better). Cut in the same way without compensation it is {without:.2f}"
+        f"Perplexity on held-out text goes from {dense:.2f} to {pruned:.2f} ({results.perplexity_ratio - 1:+.1%}; "
+        f"lower is better). Cut in the same way without compensation it is {without:.2f}"
     )
     if without <= dense:
         return f"{said}."
@@ -43,15 +43,17 @@ def _accuracy(results: Results) -> Iterator[str]:
     said += [f"clearly better in {', '.join(better)}"] if better else []
     rest = len(tasks) - len(worse) - len(better)
     if rest:
-        said.append(f"no different, as far as these questions can tell, in {rest if said else 'all'} of {len(tasks)} tasks")
-    yield f"Its answers are {'; '.join(said)} (95 % intervals of the paired difference to the dense model)."
+        said.append(
+            f"no different, as far as these questions can tell, in {rest if said else 'all'} of {len(tasks)} tasks"
+        )
+    yield f"Its answers are {'; '.join(said)} (95% intervals of the paired difference to the dense model)."
 
 
 def _speed(results: Results) -> str:
     ratios, protocol = results.benchmark["ratios"], results.benchmark["protocol"]
     return (
-        f"At batch {protocol['batch']} it generates {ratios['speed_up']:.2f} times as many tokens per second, where the "
-        f"bytes it reads let one expect {ratios['expected_by_bytes']:.2f} times; it reads a prompt "
+        f"At batch {protocol['batch']} it generates {ratios['speed_up']:.2f} times as many tokens per second, where "
+        f"the bytes it reads let one expect {ratios['expected_by_bytes']:.2f} times; it reads a prompt "
         f"{ratios['prefill_speed_up']:.2f} times as fast, where its operations let one expect "
         f"{ratios['expected_by_flops']:.2f} times."
     )

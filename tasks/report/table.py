@@ -1,12 +1,20 @@
 """The table dense against pruned, as text."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from numprune.budget import BudgetKind, readable
 from tasks.report.limits import Check
 from tasks.report.results import Results
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure and what stands below it in small print: its error, its range, its unit."""
+
+    figure: str
+    below: str = ""
 
 
 @dataclass(frozen=True)
@@ -23,9 +31,9 @@ class Line:
     """
 
     metric: str
-    dense: str
-    pruned: str
-    change: str
+    dense: Cell
+    pruned: Cell
+    change: Cell
     note: str = ""
     broken: tuple[str, ...] = ()
 
@@ -35,11 +43,13 @@ def quality_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
     dense, pruned = results.dense, results.pruned
     without = pruned["perplexity_without_compensation"]
     lines = [
-        _line("Perplexity", dense["perplexity"], pruned["perplexity"], "{:.2f}".format, checks),
-        _line("Perplexity without compensation", dense["perplexity"], without, "{:.2f}".format, checks),
+        _line("Perplexity", dense["perplexity"], pruned["perplexity"], "{:.2f}".format, checks=checks),
+        _line("Perplexity without compensation", dense["perplexity"], without, "{:.2f}".format, checks=checks),
     ]
     if dense["bits_per_byte"] is not None:
-        lines.append(_line("Bits per byte", dense["bits_per_byte"], pruned["bits_per_byte"], "{:.4f}".format, checks))
+        lines.append(
+            _line("Bits per byte", dense["bits_per_byte"], pruned["bits_per_byte"], "{:.4f}".format, checks=checks)
+        )
     for task, figures in pruned["tasks"].items():
         against = figures["against_dense"]
         low, high = 100 * against["low"], 100 * against["high"]
@@ -48,8 +58,8 @@ def quality_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
                 task,
                 _accuracy(dense["tasks"][task]),
                 _accuracy(figures),
-                f"{100 * against['difference']:+.1f} points",
-                f"95 % interval {low:+.1f} to {high:+.1f}, on the same {figures['questions']} questions",
+                Cell(f"{100 * against['difference']:+.1f}", "points"),
+                f"95% interval {low:+.1f} to {high:+.1f}, on the same {figures['questions']} questions",
                 _broken(task, checks),
             )
         )
@@ -65,26 +75,26 @@ def cost_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
     by_flops = _expected(ratios["prefill_speed_up"], ratios["expected_by_flops"], "the operations")
 
     def counted(metric: str, key: str, kind: BudgetKind, note: str = "") -> Line:
-        return _line(metric, dense[key], pruned[key], lambda value: readable(value, kind), checks, note)
+        return _line(metric, dense[key], pruned[key], lambda value: readable(value, kind), checks=checks, note=note)
 
     return [
         Line(
             "Tokens per second",
             _speed(dense, tokens),
             _speed(pruned, tokens),
-            _times(ratios["speed_up"]),
+            Cell(_times(ratios["speed_up"])),
             by_bytes,
             _broken("Tokens per second", checks),
         ),
-        counted("Time to first token", "seconds_to_first_token", "latency"),
+        counted("Time to first token", "seconds_to_first_token", "latency", "the prompt, and one token"),
         counted("Time per further token", "seconds_per_token", "latency"),
         _line(
             "Prefill, tokens per second",
             dense["prefill_tokens_per_second"],
             pruned["prefill_tokens_per_second"],
             "{:,.0f}".format,
-            checks,
-            by_flops,
+            checks=checks,
+            note=by_flops,
         ),
         counted("Peak memory", "peak_memory_bytes", "memory"),
         counted("File size", "checkpoint_bytes", "size"),
@@ -101,8 +111,8 @@ class WorkloadLine:
 
     batch: int
     prompt_length: int
-    dense: str
-    pruned: str
+    dense: Cell
+    pruned: Cell
     speed_up: str
     first_token: str
     prefill_speed_up: str
@@ -127,22 +137,25 @@ def _workload_lines(workloads: Sequence[Mapping[str, Any]], new_tokens: int) -> 
         )
 
 
-def _line(metric: str, dense: float, pruned: float, write: Any, checks: Sequence[Check], note: str = "") -> Line:
-    return Line(metric, write(dense), write(pruned), _times(pruned / dense), note, _broken(metric, checks))
+def _line(
+    metric: str, dense: float, pruned: float, write: Callable[[float], str], *, checks: Sequence[Check], note: str = ""
+) -> Line:
+    change = Cell(_times(pruned / dense))
+    return Line(metric, Cell(write(dense)), Cell(write(pruned)), change, note, _broken(metric, checks))
 
 
 def _broken(metric: str, checks: Sequence[Check]) -> tuple[str, ...]:
     return tuple(check.limit for check in checks if check.metric == metric and not check.met)
 
 
-def _accuracy(figures: Mapping[str, Any]) -> str:
-    return f"{figures['accuracy']:.1%} ± {figures['stderr']:.1%}"
+def _accuracy(figures: Mapping[str, Any]) -> Cell:
+    return Cell(f"{figures['accuracy']:.1%}", f"± {100 * figures['stderr']:.1f}")
 
 
-def _speed(side: Mapping[str, Any], tokens: int) -> str:
+def _speed(side: Mapping[str, Any], tokens: int) -> Cell:
     """The median, and the slowest and the fastest run."""
     slowest, fastest = (tokens / pick(side["seconds"]) for pick in (max, min))
-    return f"{side['tokens_per_second']:,.0f} ({slowest:,.0f} to {fastest:,.0f})"
+    return Cell(f"{side['tokens_per_second']:,.0f}", f"{slowest:,.0f} to {fastest:,.0f}")
 
 
 def _times(ratio: float) -> str:

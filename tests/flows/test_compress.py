@@ -46,7 +46,7 @@ def test_dvc_alone_reproduces_every_file(checkout: Checkout) -> None:
     assert not (checkout.root / "mlflow").exists()
     assert not (checkout.root / ".prefect").exists()
     first = locked_results(checkout.root)
-    assert len(first) == 12
+    assert len(first) == 13
 
     # Again from nothing, under Prefect: the same contents.
     for name in ("dvc.lock", "artifacts", "report", "data", ".dvc/cache"):

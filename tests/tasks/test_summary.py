@@ -1,42 +1,10 @@
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
-from tasks.layout import REPORT, benchmark_file, evaluation_file, plan_file
+from tasks.layout import REPORT
 from tasks.summary import cells, read_rows, summarise
-
-ROOT = Path(__file__).parents[2]
-MODEL = "small"
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-@pytest.fixture
-def budgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.chdir(tmp_path)
-    content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    content |= {"models": [MODEL], "budgets": ["0.5", "0.2"]}
-    Path("params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    tasks = {"a": {"accuracy": 0.5, "stderr": 0.02}, "b": {"accuracy": 0.9, "stderr": 0.01}}
-    write(evaluation_file(MODEL, None), {"perplexity": 20.0, "tasks": tasks})
-    for budget in content["budgets"]:
-        ratio = float(budget)
-        dense = {"parameters": 10_000_000, "checkpoint_bytes": 20_000_000, "peak_memory_bytes": 5e7}
-        pruned = {name: value * (1 - ratio) for name, value in dense.items()}
-        write(plan_file(MODEL, budget), {"achieved_ratio": ratio - 0.001})
-        against = {"against_dense": {"low": -0.03, "high": 0.01}}
-        evaluation = {"perplexity": 20 + ratio, "perplexity_without_compensation": 30 + ratio}
-        evaluation["tasks"] = {name: task | against for name, task in tasks.items()}
-        write(evaluation_file(MODEL, budget), evaluation)
-        speeds = {"dense": {**dense, "tokens_per_second": 50.0}, "pruned": {**pruned, "tokens_per_second": 60.0}}
-        write(benchmark_file(MODEL, budget), speeds)
-    return content["budgets"]
+from tests.tasks.conftest import MODEL
 
 
 def test_dense_first_then_rising_shares(budgets: list[str]) -> None:
@@ -58,9 +26,11 @@ def test_dense_first_then_rising_shares(budgets: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("budgets")
-def test_table_and_picture_are_written() -> None:
+def test_table_picture_and_pages_are_written() -> None:
     summarise()
-    assert sorted(path.name for path in REPORT.iterdir()) == ["perplexity.png", "summary.json", "summary.md"]
+    written = ["index.html", "perplexity.png", "plots", "runs", "summary.json", "summary.md"]
+    assert sorted(path.name for path in REPORT.iterdir()) == written
+    assert sorted(path.name for path in (REPORT / "runs").iterdir()) == ["small-0.2.html", "small-0.5.html"]
     assert len(json.loads((REPORT / "summary.json").read_text(encoding="utf-8"))["rows"]) == 3
     lines = (REPORT / "summary.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 5 + 1 + 5
