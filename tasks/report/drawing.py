@@ -97,7 +97,7 @@ def figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> It
         options: Of `Figure.subplots`.
     """
     style: Any = {
-        "font.size": 9.5,
+        "font.size": 10.5,
         "font.family": "sans-serif",
         "text.color": INK,
         "axes.labelcolor": INK,

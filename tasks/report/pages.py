@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from numprune.budget import readable
 from numprune.files import replace_on_success
@@ -69,6 +70,7 @@ def _environment() -> Environment:
     )
     environment.filters["readable"] = readable
     environment.filters["cell"] = _cell
+    environment.filters["breakable"] = _breakable
     return environment
 
 
@@ -117,6 +119,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _breakable(name: str) -> Markup:
+    """A name such as arc_challenge that a narrow column may break after each part."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -206,7 +206,7 @@ def prices(results: Results) -> Plot:
 
 
 _PRICES: Mapping[Allocation, str] = {
-    "loss_aware": "rise of the loss (nats a token) for each {} saved",
+    "loss_aware": "rise of the loss (nats) per {} saved",
     "global": "score",
     "uniform": "share of the layer's units that are gone",
 }

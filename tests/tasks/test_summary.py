@@ -4,7 +4,7 @@ import pytest
 
 from tasks.layout import REPORT
 from tasks.summary import cells, read_rows, summarise
-from tests.tasks.conftest import MODEL
+from tests.tasks.made_up_results import MODEL
 
 
 def test_dense_first_then_rising_shares(budgets: list[str]) -> None:

@@ -15,11 +15,11 @@ from tasks.report.commands import app
 from tasks.report.limits import check_limits
 from tasks.report.lineage import library_command
 from tasks.report.pareto import pareto_front
-from tasks.report.plots import run_plots
+from tasks.report.plots import kept_units, run_plots
 from tasks.report.results import Results, read_results
 from tasks.report.sentences import sentences
 from tasks.report.table import cost_lines, quality_lines
-from tests.tasks.conftest import MODEL
+from tests.tasks.made_up_results import MODEL
 
 NO_LIMITS = Promotion(max_perplexity_ratio=None)
 
@@ -105,7 +105,7 @@ def test_whole_modules_may_be_gone(results: Results) -> None:
     groups = dict(results.plan.groups)
     groups["0.mlp"] = replace(groups["0.mlp"], kept=(), lowest_kept=None)
     del groups["1.attention"]
-    kept = run_plots(replace(results, plan=replace(results.plan, groups=groups)))[0]
+    kept = kept_units(replace(results.plan, groups=groups))
     assert (0, "channels", 80, 0, 0.0) in kept.rows
     assert len(kept.rows) == 5
 
@@ -123,7 +123,8 @@ def test_library_command(results: Results) -> None:
         assert f"  {words} \\" in said.splitlines()
 
 
-def test_command_names_the_page(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("budgets")
+def test_command_names_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
     missing = CliRunner().invoke(app, [MODEL, "0.5"])
