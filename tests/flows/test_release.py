@@ -73,8 +73,8 @@ def test_release_in_a_watched_folder_is_compressed_by_a_worker(prefect_server: S
     watched = watch_folder(tmp_path)
     checkout = watched.checkout
     remote = tmp_path / "remote"
-    for command in (["remote", "add", "--local", "-d", "storage", "../../remote"],):
-        assert checkout.run(sys.executable, "-m", "dvc", *command).returncode == 0
+    added = checkout.run(sys.executable, "-m", "dvc", "remote", "add", "--local", "-d", "storage", "../remote")
+    assert added.returncode == 0, added.stdout
     for command in (["work-pool", "create", "numprune", "--type", "process"], ["--no-prompt", "deploy", "--all"]):
         done = checkout.run(*PREFECT, *command, **prefect_server.environment)
         assert done.returncode == 0, done.stdout
