@@ -76,12 +76,17 @@ class Team:
         runs: list[dict[str, Any]] = post(url, json={"sort": "START_TIME_ASC"}, timeout=30).json()
         return runs
 
+    def log(self, server: str) -> str:
+        return (self.servers.folder / f"{server}.log").read_text(encoding="utf-8")[-10_000:]
+
     def wait(self, what: str, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not until():
-            runs = [(run["name"], run["state_name"], run["state"].get("message")) for run in self.flow_runs()]
-            assert time.monotonic() < deadline, f"{what} did not come to pass; flow runs: {runs}"
-            assert not any(run[1] in {"Failed", "Crashed", "Rejected"} for run in runs), runs
+            runs = self.flow_runs()
+            failed = [run for run in runs if run["state_name"] in {"Failed", "Crashed", "Rejected"}]
+            messages = [f"{run['name']}: {run['state']['message']}" for run in failed]
+            assert not failed, "\n".join([*messages, self.log("worker")])
+            assert time.monotonic() < deadline, f"{what} did not come to pass\n{self.log('worker')}"
             time.sleep(2)
 
 
@@ -129,7 +134,7 @@ def _configure(checkout: Checkout, running: Servers, releases: Path) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     for deployment in content["deployments"]:
         if deployment["name"] == "watch":
-            deployment["schedules"] = [{"interval": 5}]
+            deployment["schedules"] = [{"interval": 15}]
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     checkout.run("git", "remote", "add", "origin", "https://example.invalid/numprune.git")
     for command in (
