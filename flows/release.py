@@ -113,7 +113,7 @@ def release(name: str, revision: str, parameters: str, accelerator_limit: str | 
     """
     root = Path.cwd()
     settings = load_parameters()
-    ledger = Ledger(settings.watch.ledger, lease_seconds=settings.watch.lease_seconds)
+    ledger = Ledger.of(settings.watch)
     key = Key(name, revision, parameters)
     # Not the flow run alone: Prefect runs one again under the same number.
     owner = f"{flow_run.id}/{uuid.uuid4().hex[:8]}"

@@ -35,7 +35,7 @@ def watch() -> int:
     """
     log = get_run_logger()
     parameters = load_parameters()
-    ledger = Ledger(parameters.watch.ledger, lease_seconds=parameters.watch.lease_seconds)
+    ledger = Ledger.of(parameters.watch)
     shaping = shaping_hash(parameters)
     announced = 0
     for found in find_releases(parameters.watch, revision=ledger.folder_revision, log=log):
@@ -63,7 +63,7 @@ def _watch_once(
 
 def _compress_all() -> int:
     parameters = load_parameters()
-    ledger = Ledger(parameters.watch.ledger, lease_seconds=parameters.watch.lease_seconds)
+    ledger = Ledger.of(parameters.watch)
     codes = [0]
     for entry in ledger.unfinished(shaping_hash(parameters)):
         state = _compress(entry, wait_seconds=parameters.watch.lease_seconds)

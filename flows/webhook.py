@@ -156,7 +156,7 @@ def take_hub_event(payload: Mapping[str, Any]) -> str:
         found = hub_release(name, commit)
     except (ValueError, NumpruneError) as error:
         raise RefusedError(422, str(error)) from None
-    ledger = Ledger(parameters.watch.ledger, lease_seconds=parameters.watch.lease_seconds)
+    ledger = Ledger.of(parameters.watch)
     shaping = shaping_hash(parameters)
     if not ledger.announce(found, shaping):
         return f"{name} at {commit} is known"

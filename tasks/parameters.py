@@ -264,7 +264,8 @@ class Watch(_Section):
     sources: list[Source] = Field(default=[], description="What is polled.")
     ledger: str = Field(
         default="sqlite:///.numprune/ledger.db",
-        description="Database of the releases seen, as SQLAlchemy names it; watchers on several machines share one.",
+        description="Database of the releases seen, as SQLAlchemy names it; watchers on several machines share one. "
+        "The variable NUMPRUNE_LEDGER goes before it.",
     )
     worktrees: str = Field(default=".numprune/worktrees", description="Folder of the git worktrees of scheduled runs.")
     settle_seconds: float = Field(

@@ -6,6 +6,7 @@ Every change is one statement whose condition the database checks, so that of se
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,9 +39,11 @@ from sqlalchemy.schema import CreateTable
 
 from numprune.errors import NumpruneError
 from tasks.download import folder_revision
-from tasks.parameters import Download, Parameters
+from tasks.parameters import Download, Parameters, Watch
 from tasks.releases.git import main_checkout
 from tasks.releases.sources import Release
+
+ADDRESS_VARIABLE = "NUMPRUNE_LEDGER"
 
 FOUND, RUNNING, DONE, FAILED = "found", "running", "done", "failed"
 
@@ -136,6 +139,11 @@ class Ledger:
         """
         self.lease_seconds = lease_seconds
         self._engine = _open(url)
+
+    @classmethod
+    def of(cls, watch: Watch) -> "Ledger":
+        """The ledger of params.yaml, or that of the variable NUMPRUNE_LEDGER: an address can hold a password."""
+        return cls(os.environ.get(ADDRESS_VARIABLE, watch.ledger), lease_seconds=watch.lease_seconds)
 
     def announce(self, release: Release, parameters: str) -> bool:
         """Whether somebody has to be told of a release: it is new, or it was announced and then left lying."""

@@ -134,7 +134,7 @@ def test_what_is_given_back_counts_as_no_attempt(ledger: Ledger) -> None:
 
 RACE = """
 import sys, time
-from tasks.parameters import Download
+from tasks.parameters import Download, Watch
 from tasks.releases.ledger import Key, Ledger
 from tasks.releases.sources import Release
 
@@ -274,3 +274,11 @@ def test_database_that_cannot_be_opened(url: str) -> None:
     with pytest.raises(NumpruneError, match=r"watch\.ledger: cannot open") as caught:
         Ledger(url, lease_seconds=LEASE)
     assert "secret" not in str(caught.value)
+
+
+def test_address_with_a_password_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configured, secret = (f"sqlite:///{tmp_path}/{name}.db" for name in ("configured", "secret"))
+    watch = Watch(ledger=configured, lease_seconds=LEASE)
+    Ledger.of(watch).announce(RELEASE, PARAMETERS)
+    monkeypatch.setenv("NUMPRUNE_LEDGER", secret)
+    assert Ledger.of(watch).announce(RELEASE, PARAMETERS)
