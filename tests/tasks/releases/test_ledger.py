@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from numprune.errors import NumpruneError
 from tasks.download import folder_revision
-from tasks.parameters import Download, load_parameters
+from tasks.parameters import Download, Watch, load_parameters
 from tasks.releases import ledger as module
 from tasks.releases.ledger import DONE, FAILED, FOUND, PATIENCE, RUNNING, Key, Ledger, shaping_hash
 from tasks.releases.sources import Release
