@@ -275,14 +275,15 @@ def _leaves(content: Any, stated: Any, key: str = "") -> Iterator[tuple[str, Any
         inside = stated if isinstance(stated, Mapping) else {}
         for name, value in content.items():
             yield from _leaves(value, inside.get(name), f"{key}.{name}" if key else str(name))
+    elif isinstance(content, list) and isinstance(stated, list) and len(content) == len(stated):
+        for number, (value, its) in enumerate(zip(content, stated, strict=True)):
+            yield from _leaves(value, its, f"{key}[{number}]")
     else:
         yield key, content, stated
 
 
 def _same(found: Any, stated: Any) -> bool:
     """Whether a value of a YAML file and the one it was read as are the same: 0.2 and "0.2", "1e-3" and 0.001."""
-    if isinstance(found, list) and isinstance(stated, list):
-        return len(found) == len(stated) and all(map(_same, found, stated))
     if found == stated or str(found) == str(stated):
         return True
     try:

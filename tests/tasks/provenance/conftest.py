@@ -239,6 +239,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content |= {"models": [MODEL], "budgets": [float(budget) for budget in BUDGETS]}
     content["recipe"] |= {"planning_samples": 2, "penalty": float("inf")}
     content["calibration"] |= {"data": "data/calibration.txt", "samples": 4, "length": 32}
+    # A list of sections, which leave out what has a default.
+    content["watch"]["sources"] = [{"kind": "folder", "path": "/releases"}]
     (root / "params.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     (root / "data").mkdir()
     (root / "data/calibration.txt").write_text("The weights that stay take over the work. " * 40, encoding="utf-8")
