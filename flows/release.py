@@ -90,11 +90,14 @@ def commit(entry: Entry, folder: Path) -> str:
 
 
 @task(task_run_name="push", cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=10)
-def push(folder: Path) -> None:
-    """Sends the results to DVC's default remote, if there is one."""
+def push(entry: Entry, folder: Path, git_remote: str | None) -> None:
+    """Sends the results to DVC's default remote and the branch to the git remote, where there are such."""
     remote = checkout.push(folder)
     said = f"Results are on the DVC remote {remote}." if remote else "No default DVC remote is configured: not pushed."
     get_run_logger().info(said)
+    if git_remote is not None:
+        checkout.push_branch(entry, folder, git_remote)
+        get_run_logger().info("The branch %s is on %s.", entry.branch, git_remote)
 
 
 def _run_name() -> str:
@@ -164,7 +167,7 @@ def _compress(
         if not stages.is_completed():
             return _as_own(stages)
         commit(entry, folder)
-        push(folder)
+        push(entry, folder, settings.watch.git_remote)
         claim.check()
         versions: list[Publication] = []
         for budget in load_parameters().budgets:

@@ -268,6 +268,9 @@ class Watch(_Section):
         "The variable NUMPRUNE_LEDGER goes before it.",
     )
     worktrees: str = Field(default=".numprune/worktrees", description="Folder of the git worktrees of scheduled runs.")
+    git_remote: str | None = Field(
+        default=None, description="Where the branch of a release is pushed to, such as origin; null: nowhere."
+    )
     settle_seconds: float = Field(
         default=30, ge=0, description="A folder whose files changed within this time is still being written."
     )

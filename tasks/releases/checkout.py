@@ -110,6 +110,18 @@ def push(folder: Path) -> str | None:
     return str(remote)
 
 
+def push_branch(entry: Entry, folder: Path, remote: str) -> None:
+    """Sends the branch of a release to a git remote.
+
+    Raises:
+        ConnectionError: If git fails; it says what git said.
+    """
+    try:
+        git("push", "--quiet", remote, entry.branch, folder=folder)
+    except NumpruneError as error:
+        raise ConnectionError(str(error)) from error
+
+
 def remove(entry: Entry, parameters: Parameters, root: Path) -> None:
     """Removes the worktree of a release; its branch stays, and its results are in DVC's cache.
 

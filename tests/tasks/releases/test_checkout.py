@@ -238,3 +238,15 @@ def test_push_without_a_remote_and_to_one_that_fails(root: Path, entry: Entry, p
     checkout.prepare(entry, parameters, root)
     with pytest.raises(ConnectionError, match="dvc push to storage failed"):
         checkout.push(folder)
+
+
+def test_branch_is_pushed_to_a_git_remote(root: Path, entry: Entry, parameters: Parameters, tmp_path: Path) -> None:
+    run(tmp_path, "git", "init", "--quiet", "--bare", "shared.git")
+    run(root, "git", "remote", "add", "origin", str(tmp_path / "shared.git"))
+    folder = checkout.prepare(entry, parameters, root)
+    dvc(folder, "repro")
+    made = checkout.commit(entry, folder)
+    checkout.push_branch(entry, folder, "origin")
+    assert run(tmp_path / "shared.git", "git", "rev-parse", entry.branch).strip() == made
+    with pytest.raises(ConnectionError, match="git push"):
+        checkout.push_branch(entry, folder, "elsewhere")
