@@ -40,6 +40,7 @@ def metrics(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     found["speed_up"] = benchmark["pruned"]["tokens_per_second"] / benchmark["dense"]["tokens_per_second"]
     for task, result in evaluation.get("tasks", {}).items():
         found |= {f"accuracy.{task}": result["accuracy"], f"accuracy_stderr.{task}": result.get("stderr")}
+        found |= {f"accuracy_difference_stderr.{task}": result.get("against_dense", {}).get("stderr")}
     for task, result in dense.get("tasks", {}).items():
         found |= {f"dense_accuracy.{task}": result["accuracy"]}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}

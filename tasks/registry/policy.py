@@ -106,8 +106,8 @@ def _accuracy_drops(metrics: Mapping[str, float], limit: float, standard_errors:
     for task in tasks:
         name = f"accuracy drop {task}"
         before, after = metrics.get(f"dense_accuracy.{task}"), metrics.get(f"accuracy.{task}")
-        # Without its standard error a drop counts in full.
-        error = metrics.get(f"accuracy_stderr.{task}", 0.0)
+        # Of the difference on the same questions. Where it is unknown, a drop counts in full.
+        error = metrics.get(f"accuracy_difference_stderr.{task}", 0.0)
         if before is None or after is None or not all(map(math.isfinite, (before, after, error))):
             yield Criterion(name, NOT_MEASURED, shown, passed=False)
             continue

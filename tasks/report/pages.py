@@ -37,7 +37,7 @@ class _Run:
 
     @property
     def broken(self) -> list[Check]:
-        return [check for check in self.checks if not check.met]
+        return [check for check in self.checks if not check.criterion.passed]
 
 
 def write_pages(parameters: Parameters) -> None:

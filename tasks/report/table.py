@@ -145,7 +145,8 @@ def _line(
 
 
 def _broken(metric: str, checks: Sequence[Check]) -> tuple[str, ...]:
-    return tuple(check.limit for check in checks if check.metric == metric and not check.met)
+    broken = (check.criterion for check in checks if check.metric == metric and not check.criterion.passed)
+    return tuple(f"{criterion.name} {criterion.limit}" for criterion in broken)
 
 
 def _accuracy(figures: Mapping[str, Any]) -> Cell:

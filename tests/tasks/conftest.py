@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tasks.parameters import Registry, load_parameters
 from tasks.registry.connection import connect
 from tests.flows.conftest import ROOT, save_tiny_model
-from tests.tasks.made_up_results import budgets  # noqa: F401 - A fixture.
+from tests.tasks.made_up_results import budgets, pages  # noqa: F401 - Fixtures.
 
 MODEL = "small"
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40

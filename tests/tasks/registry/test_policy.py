@@ -16,7 +16,7 @@ METRICS = {
     "dense_tokens_per_second": 10.0,
     "peak_memory_bytes": 4e9,
     "accuracy.arc": 0.70,
-    "accuracy_stderr.arc": 0.02,
+    "accuracy_difference_stderr.arc": 0.02,
     "dense_accuracy.arc": 0.75,
 }
 

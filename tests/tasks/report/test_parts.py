@@ -58,7 +58,7 @@ def test_front_is_what_nothing_dominates(points: list[tuple[int, int]]) -> None:
 )
 def test_limits(results: Results, limits: dict, met: list[bool]) -> None:
     promotion = NO_LIMITS.model_copy(update=limits)
-    assert [check.met for check in check_limits(results, promotion)] == met
+    assert [check.criterion.passed for check in check_limits(results, promotion)] == met
 
 
 def test_table_has_every_metric_and_flags_what_is_beyond_a_limit(results: Results) -> None:
