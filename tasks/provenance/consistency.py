@@ -108,7 +108,7 @@ def check_evidence(folder: Path, statement: Mapping[str, Any], digests: Mapping[
         (PARAMETERS, _parameters),
         (PLAN_FILE, _plan),
         (f"{STATEMENT}: tags", _tags),
-        (f"{EVALUATION} and the others", _measured_tags),
+        (f"{EVALUATION} and the others", _figures),
         (BOM, _bom),
         (PLAN_FILE, lambda of: check_tensors(of.folder, set(of.digests))),
     )
@@ -233,8 +233,12 @@ def _tags(version: _Version) -> Iterator[Disagreement]:
             yield from differing(f"{STATEMENT}: tag {tag}", version.tags[tag], value, "the evidence")
 
 
-def _measured_tags(version: _Version) -> Iterator[Disagreement]:
+def _figures(version: _Version) -> Iterator[Disagreement]:
+    """Figures that another release of this code derives besides, or no longer, say nothing about this version."""
     measured = read_figures(version.folder)
+    stated = version.predicate["buildDefinition"]["internalParameters"]["figures"]
+    for name in sorted(measured.keys() & stated.keys()):
+        yield from differing(f"{STATEMENT}: figure {name}", float(stated[name]), measured[name], "the measurement")
     for tag in sorted(measured.keys() & version.tags.keys()):
         if not math.isclose(float(version.tags[tag]), measured[tag], rel_tol=_TAG_PRECISION):
             where = f"{STATEMENT}: tag {tag}"

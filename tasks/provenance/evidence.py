@@ -65,14 +65,14 @@ def write_evidence(folder: Path, build: Build, signing: Signing) -> str:
     parameters = load_parameters()
     plan = PruningPlan.load(folder / PLAN_FILE)
     stages = stages_behind(read_lock(_LOCK_FILE.read_text(encoding="utf-8")), results(build.model, build.budget))
-    provenance = predicate(build, parameters, stages, plan.source, signed=signing.key is not None)
+    measured = read_figures(folder)
+    provenance = predicate(build, parameters, stages, plan.source, figures=measured, signed=signing.key is not None)
 
     digests, irregular = read_digests(folder)
     if irregular:
         listed = ", ".join(f"{entry.name} ({entry.kind})" for entry in irregular)
         raise NumpruneError(f"{folder} holds something else than files: {listed}. A version is made of files only.")
     evaluation, benchmark = read_json(folder / EVALUATION), read_json(folder / BENCHMARK)
-    measured = read_figures(folder)
     licence = source_licence(build.model)
     weights = {name: digest.sha256 for name, digest in digests.items() if is_weights(name)}
     bom = _json(make_bom(provenance, read_json(folder / "config.json"), weights, measured, licence))

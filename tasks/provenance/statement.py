@@ -41,7 +41,13 @@ DVC_FOLDER = "dvcFolder"
 
 
 def predicate(
-    build: Build, parameters: Parameters, stages: Mapping[str, LockedStage], source: Source, *, signed: bool
+    build: Build,
+    parameters: Parameters,
+    stages: Mapping[str, LockedStage],
+    source: Source,
+    *,
+    figures: Mapping[str, float],
+    signed: bool,
 ) -> dict[str, Any]:
     """The SLSA provenance of a version.
 
@@ -50,6 +56,7 @@ def predicate(
         parameters: All of `params.yaml`.
         stages: The stages of `dvc.lock` that made it.
         source: What the pruning plan says of source model and calibration.
+        figures: What was measured, as MLflow has it.
         signed: Whether the version will carry a signature; without one it is then not whole.
     """
     return {
@@ -65,6 +72,7 @@ def predicate(
                 "environment": read_environment(),
                 "orchestrator": dict(build.orchestrator),
                 "tags": dict(build.tags),
+                "figures": plain(figures),
                 "signed": signed,
             },
             "resolvedDependencies": [
@@ -229,7 +237,7 @@ def _check_completeness(content: Mapping[str, Any]) -> None:
     definition, details = content["predicate"]["buildDefinition"], content["predicate"]["runDetails"]
     for section, keys in (
         (definition["externalParameters"], ("model", "budget", "parameters")),
-        (definition["internalParameters"], ("recipe", "environment", "orchestrator", "tags", "signed")),
+        (definition["internalParameters"], ("recipe", "environment", "orchestrator", "tags", "figures", "signed")),
         (details, ("builder", "byproducts")),
         (details["metadata"], ("invocationId", "finishedOn")),
         (details["builder"], ("id", "version")),

@@ -13,7 +13,7 @@ import yaml
 from numprune.budget import BudgetKind
 from numprune.errors import NumpruneError
 from tasks.parameters import Signing
-from tasks.provenance.consistency import check_evidence, read_figures
+from tasks.provenance.consistency import check_evidence
 from tasks.provenance.disagreement import Disagreement, differing, guarded
 from tasks.provenance.signing import check_folder_signature
 from tasks.provenance.statement import parse_statement
@@ -123,14 +123,16 @@ def _run(client: "MlflowClient", version: "ModelVersion", folder: Path) -> Itera
     stated = statement["predicate"]["runDetails"]["metadata"]["invocationId"]
     yield from differing("MLflow: run", version.run_id, stated, "the statement")
     run = client.get_run(stated)
-    for name, value in sorted(read_figures(folder).items()):
+    definition = statement["predicate"]["buildDefinition"]
+    for name, stated_value in sorted(definition["internalParameters"]["figures"].items()):
+        value = float(stated_value)
         if name not in run.data.metrics:
-            yield Disagreement(f"MLflow: metric {name}", f"is missing, but the evidence says {value}")
+            yield Disagreement(f"MLflow: metric {name}", f"is missing, but the statement says {value}")
             continue
         points = {point.value for point in client.get_metric_history(stated, name)} | {run.data.metrics[name]}
         for point in sorted(points - {value}):
-            yield from differing(f"MLflow: metric {name}", point, value, "the evidence")
-    parameters = statement["predicate"]["buildDefinition"]["externalParameters"]["parameters"]
+            yield from differing(f"MLflow: metric {name}", point, value, "the statement")
+    parameters = definition["externalParameters"]["parameters"]
     for name, text in sorted(run.data.params.items()):
         section, _, key = name.partition(".")
         if isinstance(parameters.get(section), Mapping) and key in parameters[section]:

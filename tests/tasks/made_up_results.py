@@ -116,9 +116,7 @@ def _write_run(budget: str, groups: list[PrunableGroup], rankings: dict[str, Ran
     against = {"against_dense": {"difference": -0.01, "stderr": 0.01, "low": -0.03, "high": 0.01}}
     evaluation: dict[str, Any] = {"perplexity": 20 + ratio, "perplexity_without_compensation": 30 + ratio}
     evaluation |= {"bits_per_byte": 1.1 + ratio, "protocol": {"tokens_sha256": "e" * 64, "windows": 4}}
-    evaluation["tasks"] = {
-        name: task | {"accuracy": task["accuracy"] - 0.01} | against for name, task in tasks.items()
-    }
+    evaluation["tasks"] = {name: task | {"accuracy": task["accuracy"] - 0.01} | against for name, task in tasks.items()}
     write_json(evaluation_file(MODEL, budget), evaluation)
     write_json(benchmark_file(MODEL, budget), _benchmark(ratio))
     errors = {"pruned": [0.01, 0.02, 0.03, 0.03], "without_compensation": [0.1, 0.2, 0.3, 0.3]}

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -7,6 +8,7 @@ import yaml
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan
 from tasks.parameters import Signing, load_parameters
+from tasks.provenance import consistency
 from tasks.provenance.bom import bom_mistakes, make_bom
 from tasks.provenance.card import make_card
 from tasks.provenance.dvc_lock import LockedStage
@@ -14,6 +16,7 @@ from tasks.provenance.evidence import write_evidence
 from tasks.provenance.statement import parse_statement, predicate
 from tasks.provenance.verify import verify_folder, verify_version
 from tasks.provenance.version_files import BOM, STATEMENT, digest_file
+from tasks.registry.figures import metrics
 from tests.tasks.provenance.conftest import BUDGETS, MODEL, Version, make_build, make_folder
 
 
@@ -94,7 +97,7 @@ def test_model_of_the_hub_is_named_by_repository_and_commit(workspace: Path, mon
     download = {"downloads.tiny": {"repository": "owner/tiny", "revision": revision}}
     stages = {"download@tiny": LockedStage("download@tiny", {}, {"models/tiny": "0.dir"}, download)}
     source = PruningPlan.load(Path("artifacts/tiny/0.3/plan.json")).source
-    provenance = predicate(make_build(BUDGETS[0], "run"), load_parameters(), stages, source, signed=False)
+    provenance = predicate(make_build(BUDGETS[0], "run"), load_parameters(), stages, source, figures={}, signed=False)
     known = {entry["name"]: entry for entry in provenance["buildDefinition"]["resolvedDependencies"]}
     assert known["source"]["annotations"]["revision"] == revision
     address = f"https://huggingface.co/owner/tiny/resolve/{revision}/config.json"
@@ -131,3 +134,18 @@ def test_checkpoint_that_is_not_the_one_in_the_lock_is_refused(
     with pytest.raises(NumpruneError, match=r"do not belong together(.|\n)*the checkpoint: DVC's hash"):
         write_evidence(tmp_path / "version", make_build(BUDGETS[1], "run"), Signing())
     assert not (tmp_path / "version" / STATEMENT).exists()
+
+
+@pytest.mark.parametrize("change", [{"a_later_figure": 1.0}, {"perplexity": None}])
+def test_versions_outlive_the_figures_that_are_derived(
+    unsigned: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, float | None]
+) -> None:
+    """Another release of the code may log more of the same measurements, or less."""
+
+    def later(documents: dict[str, Any]) -> dict[str, float]:
+        return {name: value for name, value in (metrics(documents) | change).items() if value is not None}
+
+    monkeypatch.setattr(consistency, "metrics", later)
+    assert verify_folder(unsigned, Signing()) == []
+    monkeypatch.setattr(consistency, "metrics", lambda documents: metrics(documents) | {"perplexity": 1.0})
+    assert any("figure perplexity" in str(found) for found in verify_folder(unsigned, Signing()))
