@@ -261,7 +261,7 @@ def _show(report: Report) -> None:
     create_table_artifact(table, key="dense-against-pruned", description=f"Dense against pruned. {report.sentence}")
     drawn = Table(title="dense against pruned")
     for column in columns:
-        drawn.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+        drawn.add_column(column.replace(" ", "\n"), justify="left" if column == "model" else "right", no_wrap=True)
     for line in lines:
         drawn.add_row(*line)
     # Where the output is no terminal, its width is unknown, and a table cut at 80 columns cannot be read.

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from rich.tree import Tree
 
+# Sections of params.yaml that shape a version.
+_SHAPING = ("budgets", "workload", "corpus", "calibration", "recipe", "evaluation", "benchmark")
+
 PICTURE_FORMATS = (".svg", ".png")
 # Left and right ends of the columns of the picture: inputs, stages, outcome.
 _COLUMNS = ((0.0, 42.0), (50.0, 86.0), (106.0, 150.0))
@@ -48,7 +51,7 @@ class Lineage:
         stages: What each stage read and made, by DVC's hashes, in an order in which they ran.
         environment: Packages, machine and settings of the process that registered the version.
         runs: Of MLflow and the orchestrator, and when the evidence was written.
-        results: Contents of the metric files.
+        results: Figures as MLflow has them, and the contents of the metric files.
         promotions: The records of the promotion log about this version.
     """
 
@@ -117,6 +120,7 @@ def folder_lineage(folder: Path) -> Lineage:
             "finished": details["metadata"]["finishedOn"],
         },
         results={
+            "figures": internal["figures"],
             "evaluation": read_json(folder / EVALUATION),
             "dense_evaluation": read_json(folder / DENSE_EVALUATION),
             "benchmark": read_json(folder / BENCHMARK),
@@ -148,7 +152,7 @@ def version_lineage(client: "MlflowClient", version: "ModelVersion", folder: Pat
 
 
 def lineage_tree(lineage: Lineage) -> "Tree":
-    """The lineage as a tree for the terminal."""
+    """What a person looks for, as a tree for the terminal; the JSON form has everything."""
     from rich.markup import escape
     from rich.tree import Tree
 
@@ -159,17 +163,48 @@ def lineage_tree(lineage: Lineage) -> "Tree":
             limb = branch.add(escape(key))
             for name, item in value.items():
                 grow(limb, str(name), item)
-        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-            limb = branch.add(escape(key))
-            for number, item in enumerate(value, start=1):
-                grow(limb, str(number), item)
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             branch.add(f"{escape(key)}: [cyan]{escape(text)}[/cyan]")
 
-    for section, value in asdict(lineage).items():
-        grow(tree, section, value or ("none" if section == "promotions" else value))
+    for section, value in _essentials(lineage).items():
+        grow(tree, section, value)
     return tree
+
+
+def _essentials(lineage: Lineage) -> dict[str, Any]:
+    """Without parameters that are not set or do not shape the result, code among what stages read, and repetitions."""
+    results = lineage.results
+    protocols = {name: results[name].get("protocol", {}) for name in ("evaluation", "benchmark")}
+    return {
+        "subject": lineage.subject,
+        "source": lineage.source,
+        "calibration": lineage.calibration,
+        "parameters": _set({name: lineage.parameters.get(name) for name in _SHAPING}),
+        "code": lineage.code,
+        "stages": {
+            name: {
+                way: {path: md5 for path, md5 in paths.items() if not path.endswith(".py")}
+                for way, paths in stage.items()
+            }
+            for name, stage in lineage.stages.items()
+        },
+        "environment": lineage.environment,
+        "runs": lineage.runs,
+        "figures": results["figures"],
+        "measured": protocols,
+        "promotions": {
+            str(record["number"]): f"{record['action']} by {record['by']} at {record['at']} {record['reason']}".strip()
+            for record in lineage.promotions
+        }
+        or "none",
+    }
+
+
+def _set(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None or empty, at any depth."""
+    inner = {key: _set(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {key: value for key, value in inner.items() if value not in (None, {}, [])}
 
 
 def draw_lineage(lineage: Lineage, path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from numprune.errors import NumpruneError
 from tasks.parameters import PARAMETERS_FILE, Registry, load_parameters
+from tasks.registry.database import make_database
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,8 +22,7 @@ def connect(registry: Registry) -> "MlflowClient":
     import mlflow
     from mlflow import MlflowClient
 
-    if registry.tracking_uri.startswith("sqlite:///"):
-        Path(registry.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    make_database(registry.tracking_uri)
     # The registry looks a version's model up by the tracking URI of the process, not by the client's.
     mlflow.set_tracking_uri(registry.tracking_uri)
     return MlflowClient(tracking_uri=registry.tracking_uri, registry_uri=registry.tracking_uri)

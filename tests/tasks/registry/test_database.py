@@ -6,14 +6,14 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from tasks.mlflow_database import make_database
+from tasks.registry.database import make_database
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_killed_while_it_is_made(tmp_path: Path) -> None:
     path = tmp_path / "mlflow/mlflow.db"
-    program = "import sys; from tasks.mlflow_database import make_database; make_database(sys.argv[1])"
+    program = "import sys; from tasks.registry.database import make_database; make_database(sys.argv[1])"
     maker = subprocess.Popen([sys.executable, "-c", program, f"sqlite:///{path}"], cwd=ROOT)
     half = path.with_name(".mlflow.db.partial") / path.name
     try:
