@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import torch
 import yaml
@@ -157,6 +158,8 @@ def test_dropped_checkpoint_becomes_a_verified_champion(team: Team) -> None:
     log = team.checkout.run("git", "log", "--all", "--format=%s").stdout
     assert f"Compress {MODEL} " in log
     assert team.checkout.run("git", "status", "--porcelain").stdout == ""
+    storage = boto3.client("s3", endpoint_url=team.servers.environment["AWS_ENDPOINT_URL_S3"])
+    assert storage.list_objects_v2(Bucket="dvc")["KeyCount"] > 5
 
 
 def test_good_revision_is_the_next_champion(team: Team) -> None:

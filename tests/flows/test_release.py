@@ -69,43 +69,6 @@ def check_record(watched: Watched, name: str, tmp_path: Path) -> None:
         git(watched, "worktree", "remove", "--force", str(again))
 
 
-def test_release_in_a_watched_folder_is_compressed_by_a_worker(prefect_server: Server, tmp_path: Path) -> None:
-    watched = watch_folder(tmp_path)
-    checkout = watched.checkout
-    remote = tmp_path / "remote"
-    added = checkout.run(sys.executable, "-m", "dvc", "remote", "add", "--local", "-d", "storage", "../remote")
-    assert added.returncode == 0, added.stdout
-    for command in (["work-pool", "create", "numprune", "--type", "process"], ["--no-prompt", "deploy", "--all"]):
-        done = checkout.run(*PREFECT, *command, **prefect_server.environment)
-        assert done.returncode == 0, done.stdout
-    assert done.stdout.count("successfully created") == 4
-    watched.release("tiny-3.1")
-    worker = checkout.start(
-        *PREFECT, "worker", "start", "--pool", "numprune", "--type", "process", **prefect_server.environment
-    )
-    output: list[str] = []
-    assert worker.stdout is not None
-    reader = threading.Thread(target=output.extend, args=(worker.stdout,), daemon=True)
-    reader.start()
-    try:
-        assert checkout.run(*PREFECT, "deployment", "run", "watch/watch", **prefect_server.environment).returncode == 0
-        ended = wait_until(
-            lambda: (
-                (checkout.root / ".numprune/ledger.db").exists()
-                and {state for state, *_ in watched.ledger.values()} & {"done", "failed"} != set()
-            ),
-            400,
-        )
-        assert ended, "".join(output)
-        # The version goes to the gate by an event of its own.
-        assert wait_until(lambda: any("for flow 'promote'" in line for line in output), 60), "".join(output)
-    finally:
-        kill_all(worker)
-    assert watched.versions() == [("tiny-3_1", "0.2")], "".join(output)
-    check_record(watched, "tiny-3_1", tmp_path)
-    assert any((remote / "files/md5").iterdir())
-
-
 # What the run has said last, and up to how many seconds later it is killed. The work of a killed run is not lost, so
 # that later kills fall on later steps.
 MOMENTS = (
