@@ -1,4 +1,4 @@
-"""Releases with real servers: Prefect's with its services and a worker, DVC with a remote, MLflow on SQLite."""
+"""Releases that are killed, with a real Prefect server, DVC, and MLflow on SQLite."""
 
 import os
 import random
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,15 +19,6 @@ pytestmark = pytest.mark.pipeline
 
 PREFECT = (sys.executable, "-m", "prefect")
 WATCH = (sys.executable, "-m", "flows.watch")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.5)
-    return True
 
 
 def git(watched: Watched, *arguments: str) -> str:
