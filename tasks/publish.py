@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from numprune.budget import parse_budget
 from numprune.errors import NumpruneError
 from numprune.recipe import recipe_name
+from tasks.dvc_lock import LockedStage, read_lock, stages_behind, version_outputs
 from tasks.layout import (
     benchmark_file,
     calibration_file,
@@ -148,8 +147,8 @@ def read_release(model: str, budget: str) -> Release:
     Raises:
         NumpruneError: If a stage it needs has not run, or a file is not the one in dvc.lock.
     """
-    stages = _locked_stages()
-    hashes = _hashes(stages)
+    stages = _stages_behind(model, budget)
+    hashes = {Path(path): md5 for s in stages.values() for path, md5 in (*s.dependencies.items(), *s.outputs.items())}
     metric_files = {
         "evaluation.json": evaluation_file(model, budget),
         "benchmark.json": benchmark_file(model, budget),
@@ -181,23 +180,19 @@ def read_release(model: str, budget: str) -> Release:
     )
 
 
-def _locked_stages() -> dict[str, Any]:
+def _stages_behind(model: str, budget: str) -> dict[str, LockedStage]:
+    """Those of this version alone: `dvc.lock` keeps stages of budgets that are no longer asked for, as they were."""
     try:
-        stages: dict[str, Any] = yaml.safe_load(LOCK_FILE.read_text(encoding="utf-8"))["stages"]
+        stages = read_lock(LOCK_FILE.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NumpruneError(f"{LOCK_FILE} not found in {Path.cwd()}: run `dvc repro` first.") from None
-    return stages
+    return stages_behind(stages, version_outputs(model, budget))
 
 
-def _hashes(stages: Mapping[str, Any]) -> dict[Path, str]:
-    entries = [entry for stage in stages.values() for entry in (*stage.get("deps", []), *stage.get("outs", []))]
-    return {Path(entry["path"]): entry["md5"] for entry in entries if "md5" in entry}
-
-
-def _origin(stages: Mapping[str, Any], model: str) -> tuple[str, str]:
+def _origin(stages: Mapping[str, LockedStage], model: str) -> tuple[str, str]:
     """Source and revision of a model as they were when it was fetched, whatever params.yaml says since."""
-    locked = stages.get(f"download@{model}", {}).get("params", {}).get(str(PARAMETERS_FILE), {})
-    download = locked.get(f"downloads.{model}")
+    name = f"download@{model}"
+    download = stages[name].parameters.get(f"downloads.{model}") if name in stages else None
     if download is None:
         return model_folder(model).as_posix(), "none"
     return str(download.get("repository") or download.get("folder")), str(download["revision"])

@@ -13,6 +13,7 @@ import yaml
 from numprune.checkpoint import CALIBRATION_FILE, PLAN_FILE
 from numprune.plan import PruningPlan
 from numprune.samples import fingerprint, load_samples
+from tasks.dvc_lock import LockedStage, read_lock, stages_behind, version_outputs
 from tasks.layout import (
     benchmark_file,
     calibration_file,
@@ -23,7 +24,6 @@ from tasks.layout import (
 )
 from tasks.provenance.bom import bom_mistakes, expected_materials, materials
 from tasks.provenance.disagreement import Disagreement, differing, guarded
-from tasks.provenance.dvc_lock import LockedStage, read_lock, stages_behind
 from tasks.provenance.statement import CALIBRATION, CODE, DVC_FOLDER, SOURCE, dependencies, plain
 from tasks.provenance.tensors import check_tensors
 from tasks.provenance.version_files import (
@@ -72,23 +72,11 @@ class _Version:
 
     @cached_property
     def made_by(self) -> dict[str, LockedStage]:
-        return stages_behind(self.stages, results(self.external["model"], self.external["budget"]))
+        return stages_behind(self.stages, version_outputs(self.external["model"], self.external["budget"]))
 
     @property
     def origin(self) -> Mapping[str, Any]:
         return dependencies(self.statement, SOURCE)[SOURCE]["annotations"]
-
-
-def results(model: str, budget: str) -> list[str]:
-    """The paths in `dvc.lock` of what makes up a version."""
-    paths = (
-        checkpoint_folder(model, budget),
-        plan_file(model, budget),
-        evaluation_file(model, budget),
-        evaluation_file(model, None),
-        benchmark_file(model, budget),
-    )
-    return [path.as_posix() for path in paths]
 
 
 def check_evidence(folder: Path, statement: Mapping[str, Any], digests: Mapping[str, Digests]) -> list[Disagreement]:

@@ -10,12 +10,12 @@ from numprune.checkpoint import PLAN_FILE
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from numprune.plan import PruningPlan
+from tasks.dvc_lock import read_lock, stages_behind, version_outputs
 from tasks.parameters import PARAMETERS_FILE, Signing, load_parameters
 from tasks.provenance.bom import bom_mistakes, make_bom
 from tasks.provenance.build import Build
 from tasks.provenance.card import make_card, source_licence
-from tasks.provenance.consistency import check_evidence, read_figures, results
-from tasks.provenance.dvc_lock import read_lock, stages_behind
+from tasks.provenance.consistency import check_evidence, read_figures
 from tasks.provenance.signing import sign_folder
 from tasks.provenance.statement import parse_statement, predicate, statement
 from tasks.provenance.version_files import (
@@ -64,7 +64,8 @@ def write_evidence(folder: Path, build: Build, signing: Signing) -> str:
         _copy_new(path, folder / name)
     parameters = load_parameters()
     plan = PruningPlan.load(folder / PLAN_FILE)
-    stages = stages_behind(read_lock(_LOCK_FILE.read_text(encoding="utf-8")), results(build.model, build.budget))
+    recorded = read_lock(_LOCK_FILE.read_text(encoding="utf-8"))
+    stages = stages_behind(recorded, version_outputs(build.model, build.budget))
     measured = read_figures(folder)
     provenance = predicate(build, parameters, stages, plan.source, figures=measured, signed=signing.key is not None)
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
-from tasks.provenance.consistency import results
-from tasks.provenance.dvc_lock import LockedStage, read_lock, stages_behind
+from tasks.dvc_lock import LockedStage, read_lock, stages_behind, version_outputs
 from tasks.provenance.statement import CALIBRATION, CODE, SOURCE, dependencies, parse_statement
 from tasks.provenance.version_files import (
     BENCHMARK,
@@ -111,7 +110,7 @@ def folder_lineage(folder: Path) -> Lineage:
         },
         stages={
             stage.name: {"reads": dict(stage.dependencies), "makes": dict(stage.outputs)}
-            for stage in _in_order(stages_behind(stages, results(external["model"], external["budget"])))
+            for stage in _in_order(stages_behind(stages, version_outputs(external["model"], external["budget"])))
         },
         environment={"packages": details["builder"]["version"], **internal["environment"]},
         runs={

@@ -16,6 +16,7 @@ from typing import Any
 
 from numprune.checkpoint import CALIBRATION_FILE, PLAN_FILE
 from numprune.errors import NumpruneError
+from tasks.dvc_lock import LockedStage, read_lock, stages_behind, version_outputs
 from tasks.layout import (
     benchmark_file,
     calibration_file,
@@ -24,8 +25,6 @@ from tasks.layout import (
     plan_file,
 )
 from tasks.parameters import load_parameters
-from tasks.provenance.consistency import results
-from tasks.provenance.dvc_lock import LockedStage, read_lock, stages_behind
 from tasks.provenance.statement import CODE, dependencies, parse_statement
 from tasks.provenance.version_files import (
     DENSE_EVALUATION,
@@ -100,7 +99,7 @@ def reproduce(folder: Path, *, tolerance: float = 0.0) -> list[Comparison]:
     external = statement["predicate"]["buildDefinition"]["externalParameters"]
     model, budget = external["model"], external["budget"]
     timed = benchmark_file(model, budget).as_posix()
-    wanted = [path for path in results(model, budget) if path != timed]
+    wanted = [path for path in version_outputs(model, budget) if path != timed]
     stages = stages_behind(recorded, wanted)
     _check_paths(stages)
     # DVC puts names of models and budgets into command lines; the schema lets them be names only.

@@ -23,10 +23,10 @@ from urllib.parse import urlsplit
 from numprune.checkpoint import weight_files
 from numprune.errors import NumpruneError
 from numprune.plan import Source
+from tasks.dvc_lock import LockedStage
 from tasks.layout import calibration_file, model_folder
 from tasks.parameters import Parameters
 from tasks.provenance.build import Build
-from tasks.provenance.dvc_lock import LockedStage
 from tasks.provenance.environment import package_versions, read_environment
 from tasks.provenance.version_files import UNLISTED, Digests, model_digests
 

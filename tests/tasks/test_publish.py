@@ -244,7 +244,11 @@ def test_tags_say_what_people_filter_by(workspace: Workspace) -> None:
 def test_origin_is_that_of_the_fetched_model(client: MlflowClient) -> None:
     content = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))
     download = {"repository": "team/model", "revision": "a" * 40}
-    content["stages"][f"download@{MODEL}"] = {"params": {"params.yaml": {f"downloads.{MODEL}": download}}}
+    fetched = content["stages"][f"calibrate@{MODEL}"]["deps"]
+    parameters = {"params.yaml": {f"downloads.{MODEL}": download}}
+    content["stages"][f"download@{MODEL}"] = {"params": parameters, "outs": fetched}
+    asked = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    write(Path("params.yaml"), yaml.safe_dump(asked | {"downloads": {MODEL: download}}))
     write(Path("dvc.lock"), yaml.safe_dump(content))
     publish(MODEL, "0.2")
     tags = client.get_model_version(MODEL, "1").tags
@@ -280,3 +284,14 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_stage_that_has_not_run() -> None:
     with pytest.raises(NumpruneError, match=r"0\.7/plan\.json is missing"):
         publish(MODEL, "0.7")
+
+
+def test_stages_of_budgets_that_are_no_longer_asked_for_do_not_count(client: MlflowClient) -> None:
+    """`dvc.lock` keeps them with the hashes of their time, and they may stand after those of the version."""
+    document = yaml.safe_load(Path("dvc.lock").read_text(encoding="utf-8"))
+    stale = [{"path": f"artifacts/{MODEL}/calibration.safetensors", "hash": "md5", "md5": "0" * 32, "size": 1}]
+    document["stages"][f"compensate@{MODEL}-0.9"] = {"cmd": "x", "deps": stale, "outs": []}
+    Path("dvc.lock").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    published = publish(MODEL, "0.2")
+    found = client.get_model_version(MODEL, str(published.version)).tags["calibration_hash"]
+    assert found == hashlib.md5(Path(f"artifacts/{MODEL}/calibration.safetensors").read_bytes()).hexdigest()

@@ -18,9 +18,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.entities.model_registry import ModelVersion
 
+from tasks.dvc_lock import read_lock
 from tasks.parameters import Registry, Signing, load_parameters
 from tasks.provenance.build import Build
-from tasks.provenance.dvc_lock import read_lock
 from tasks.provenance.evidence import write_evidence
 from tasks.provenance.version_files import digest_file, dvc_folder_hash, read_digests, read_json
 from tasks.publish import budget_alias

@@ -7,11 +7,11 @@ import yaml
 
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan
+from tasks.dvc_lock import LockedStage
 from tasks.parameters import Signing, load_parameters
 from tasks.provenance import consistency
 from tasks.provenance.bom import bom_mistakes, make_bom
 from tasks.provenance.card import make_card
-from tasks.provenance.dvc_lock import LockedStage
 from tasks.provenance.evidence import write_evidence
 from tasks.provenance.statement import parse_statement, predicate
 from tasks.provenance.verify import verify_folder, verify_version

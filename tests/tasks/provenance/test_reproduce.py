@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from numprune.errors import NumpruneError
+from tasks.dvc_lock import read_lock
 from tasks.parameters import Signing
-from tasks.provenance.dvc_lock import read_lock
 from tasks.provenance.evidence import write_evidence
 from tasks.provenance.reproduce import Verdict, compare, reproduce
 from tasks.provenance.verify import verify_folder

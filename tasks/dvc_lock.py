@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from numprune.errors import NumpruneError
+from tasks.layout import benchmark_file, checkpoint_folder, evaluation_file, plan_file
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ def stages_behind(stages: Mapping[str, LockedStage], outputs: Iterable[str]) -> 
             found.add(stage.name)
             wanted.extend(maker[path] for path in stage.dependencies if path in maker)
     return {name: stage for name, stage in stages.items() if name in found}
+
+
+def version_outputs(model: str, budget: str) -> list[str]:
+    """The paths in `dvc.lock` of what makes up a version."""
+    paths = (
+        checkpoint_folder(model, budget),
+        plan_file(model, budget),
+        evaluation_file(model, budget),
+        evaluation_file(model, None),
+        benchmark_file(model, budget),
+    )
+    return [path.as_posix() for path in paths]
 
 
 def _hashes(entries: Iterable[Mapping[str, str]]) -> dict[str, str]:
