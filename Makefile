@@ -10,10 +10,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test train ui-prefect ui-mlflow servers clean
+.PHONY: help setup demo repro test test-servers train ui-prefect ui-mlflow servers clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with exactly the versions in constraints.txt.
 
@@ -36,11 +36,14 @@ test: setup ## Format, lint, types, unit tests, then the pipeline tests.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not pipeline and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not pipeline and not servers and not gpu"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "pipeline and not gpu"
 
 train: setup ## Train the reference model again (an hour or more on a CPU).
 	@$(BIN)/python -m flows.train_reference
+
+test-servers: setup ## From a dropped checkpoint to a champion, with every server of a team (ten minutes).
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -m servers
 
 ui-prefect: setup ## Open Prefect's page: runs, progress, logs, tables.
 	@$(BIN)/python -m flows.web prefect

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from infra.servers import Servers, deploy, servers
 from tests.flows.conftest import ROOT, Checkout, copy_repository
 
-pytestmark = pytest.mark.pipeline
+pytestmark = pytest.mark.servers
 
 MODEL = "llama"
 PROGRAMS = Path(sys.executable).parent
@@ -94,7 +94,7 @@ class Team:
 def _parameters(content: dict[str, Any]) -> None:
     content["recipe"] |= {"planning_samples": 4}
     content["calibration"] |= {"samples": 16, "length": 128}
-    content["evaluation"] |= {"length": 128, "max_tokens": 8192, "tasks": ["documentation_word_order"]}
+    content["evaluation"] |= {"length": 128, "max_tokens": 8192, "tasks": []}
     # Rather than the noise of this machine's clock, quality decides.
     content["promotion"] |= {"max_perplexity": 60.0, "max_perplexity_ratio": 1.5, "undominated": False}
 
@@ -135,7 +135,7 @@ def _configure(checkout: Checkout, running: Servers, releases: Path) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     for deployment in content["deployments"]:
         if deployment["name"] == "watch":
-            deployment["schedules"] = [{"interval": 15}]
+            deployment["schedules"] = [{"interval": 30}]
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     checkout.run("git", "remote", "add", "origin", "https://example.invalid/numprune.git")
     for command in (
