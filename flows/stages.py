@@ -17,7 +17,7 @@ _ERROR_PREFIX = "error: "
 
 _PROGRESS = re.compile(r"^(?P<what>\w[\w ]*) (?P<done>\d+)/(?P<total>\d+)")
 _EXIT_CODE = re.compile(r"exited with (-?\d+)")
-_DVC_AFTERWARDS = re.compile(r"^(ERROR: |Generating lock file|Updating lock file|WARNING: )")
+_DVC_AFTERWARDS = re.compile(r"^(ERROR: |Generating lock file|Updating lock file|WARNING: |Use `dvc push`)")
 
 # DVC's Repo is not made for several threads, and asking takes milliseconds.
 _asking = threading.Lock()
