@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from tasks.layout import (
 from tasks.parameters import PARAMETERS_FILE, Registry, Signing, load_parameters
 from tasks.provenance.build import Build
 from tasks.provenance.evidence import write_evidence
+from tasks.provenance.lineage import draw_lineage, folder_lineage
 from tasks.registry.connection import connect
 from tasks.registry.figures import figure_tags, metrics
 from tasks.registry.version_folder import assemble, local_path, stored_folder
@@ -333,8 +335,17 @@ def _log_model(
             tags=tags,
         )
         statement_hash = write_evidence(folder, build, signing)
+        _log_picture(client, run, folder)
     client.set_logged_model_tags(model.model_id, {"statement_hash": statement_hash})
     return client.finalize_logged_model(model.model_id, "READY")
+
+
+def _log_picture(client: "MlflowClient", run: "Run", folder: Path) -> None:
+    """Shows on the run's page where the version comes from."""
+    with tempfile.TemporaryDirectory() as temporary:
+        picture = Path(temporary) / "lineage.svg"
+        draw_lineage(folder_lineage(folder), picture)
+        client.log_artifact(run.info.run_id, str(picture))
 
 
 def _delete_unfinished(client: "MlflowClient", model: "LoggedModel") -> None:

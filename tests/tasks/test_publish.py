@@ -61,7 +61,15 @@ def test_published_version_is_found_by_alias(client: MlflowClient) -> None:
     assert run.data.metrics["speed_up"] == pytest.approx(1.1)
     assert run.data.params["calibration.samples"] == "128"
     logged = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-    assert logged == {"plan.json", "evaluation.json", "benchmark.json", "dense", "params.yaml", "dvc.lock"}
+    assert logged == {
+        "plan.json",
+        "lineage.svg",
+        "evaluation.json",
+        "benchmark.json",
+        "dense",
+        "params.yaml",
+        "dvc.lock",
+    }
 
 
 def test_second_publish_changes_nothing(client: MlflowClient) -> None:
