@@ -5,24 +5,24 @@
     q_proj, k_proj, v_proj  ->  attention  ->  o_proj        unit: one key/value head and the query heads that share it
     gate_proj, up_proj      ->  gated MLP  ->  down_proj     unit: one channel
 
-Scoring, thresholds, compensation and slicing see groups and nothing else. Sizes are read off the tensors, not off the
+Scoring, thresholds, compensation and slicing see groups and nothing else. What these projections are called in a family
+and how they are laid out is said by its `numprune.ragged.Layout`. Sizes are read off the tensors, not off the
 configuration, so that a model whose layers differ in size is described just as well.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from numprune.errors import NumpruneError
-from numprune.ragged import FAMILIES
+from numprune.ragged import LAYOUTS, Layout, Projections, module_path, row_counts
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-# Checkpoints written by numprune can be pruned once more.
-_SUPPORTED = (*FAMILIES, *(config.model_type for config, _ in FAMILIES.values()))
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Producer:
 
     Attributes:
         path: Of the layer inside its block.
-        rows: Consecutive rows that one unit owns.
+        rows: Consecutive rows that one unit owns; of a fused projection, in each of the parts that follow each other.
     """
 
     path: str
-    rows: int
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ class PrunableGroup:
         units: How many units the group has.
         channels: Consecutive input channels of the consumer that one unit owns.
         width: What one unit adds to the layer's width as configurations count it: query heads, or channels.
-        unit_parameters: Parameters that go with one unit, biases included.
+        unit_parameters: Parameters that go with one unit, biases and norms included.
+        norms: Paths of the norms of which each unit owns an equal share of consecutive entries.
+        joint_norms: Those of them whose mean square runs over the channels of all units.
+        post_norm: Path of the norm between the consumer and the residual stream, if there is one.
     """
 
     block: int
@@ -61,6 +64,9 @@ class PrunableGroup:
     channels: int
     width: int
     unit_parameters: int
+    norms: tuple[str, ...] = ()
+    joint_norms: tuple[str, ...] = ()
+    post_norm: str | None = None
 
     @property
     def name(self) -> str:
@@ -68,18 +74,57 @@ class PrunableGroup:
         return f"{self.block}.{self.kind}"
 
     @property
+    def module(self) -> str:
+        """Path of the module that holds the consumer; empty if that is the block."""
+        return module_path(self.consumer)
+
+    @property
     def parameters(self) -> int:
         """Parameters of all units."""
         return self.units * self.unit_parameters
 
+    def columns(self, units: Tensor) -> Tensor:
+        """Columns of the consumer that belong to the given units."""
+        return channel_indices(units, self.channels)
+
+    def rows(self, producer: Producer, units: Tensor) -> Tensor:
+        """Rows of a producer that belong to the given units."""
+        parts, start = [], 0
+        for count in producer.rows:
+            parts.append(start + channel_indices(units, count))
+            start += self.units * count
+        return torch.cat(parts)
+
+
+def channel_indices(units: Tensor, channels: int) -> Tensor:
+    """Indices of all channels of the given units, each of which owns `channels` consecutive ones."""
+    return (units[:, None] * channels + torch.arange(channels, device=units.device)).flatten()
+
 
 def check_supported(config: PreTrainedConfig) -> None:
     """Raises NumpruneError if a model of this configuration cannot be pruned."""
-    if config.model_type not in _SUPPORTED:
+    layout_of(config)
+
+
+def layout_of(config: PreTrainedConfig) -> Layout:
+    """Where a family has its projections. Checkpoints written by numprune can be pruned once more.
+
+    Raises:
+        NumpruneError: If a model of this configuration cannot be pruned.
+    """
+    layout = LAYOUTS.get(config.model_type.removeprefix("ragged_"))
+    if layout is None:
         raise NumpruneError(
             f"The architecture {config.model_type!r} is not supported. Supported are the dense decoder-only models of "
-            f"the families {', '.join(FAMILIES)}."
+            f"the families {', '.join(LAYOUTS)}; docs/architectures.md says how to add one."
         )
+    for name, value in layout.requires.items():
+        if getattr(config, name) != value:
+            raise NumpruneError(
+                f"A model of the family {config.model_type} with {name}={getattr(config, name)} is not supported: "
+                f"numprune needs {name}={value}. See docs/architectures.md."
+            )
+    return layout
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -88,8 +133,39 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         NumpruneError: If the architecture is not supported.
     """
-    check_supported(model.config)
+    layout_of(model.config)
     return model.get_decoder().layers
+
+
+def after_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """What the decoder has behind its last block, in order, the norm first.
+
+    Raises:
+        NumpruneError: If the architecture is not supported.
+    """
+    decoder = model.get_decoder()
+    modules = (getattr(decoder, name) for name in layout_of(model.config).final)
+    return [module for module in modules if module is not None]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What a model makes of the output of its decoder, as in its own forward pass: scale and soft cap included.
+
+    Args:
+        model: A causal language model.
+        hidden: (samples, length, D) output of the decoder.
+
+    Returns:
+        (samples, length, vocabulary)
+    """
+    decoder: Any = model.get_decoder()
+    decoder.forward = lambda *_arguments, **_options: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        scores: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+    finally:
+        del decoder.forward  # What the class has shows again.
+    return scores
 
 
 def prunable_groups(model: PreTrainedModel) -> list[list[PrunableGroup]]:
@@ -98,13 +174,14 @@ def prunable_groups(model: PreTrainedModel) -> list[list[PrunableGroup]]:
     Raises:
         NumpruneError: If the architecture is not supported.
     """
+    layout = layout_of(model.config)
     blocks: list[list[PrunableGroup]] = []
     for index, block in enumerate(decoder_blocks(model)):
         present = []
-        if not _is_absent(block.get_submodule("self_attn")):
-            present.append(_attention_group(index, block))
-        if not _is_absent(block.get_submodule("mlp")):
-            present.append(_mlp_group(index, block))
+        if not _is_absent(block, layout.attention):
+            present.append(_attention_group(index, block, layout))
+        if not _is_absent(block, layout.mlp):
+            present.append(_group(index, "mlp", block, layout.mlp, sizes={"gate": 1, "up": 1}, channels=1, width=1))
         blocks.append(present)
     return blocks
 
@@ -119,24 +196,29 @@ def all_groups(model: PreTrainedModel) -> list[PrunableGroup]:
 
 
 def layer_widths(model: PreTrainedModel) -> list[dict[str, int]]:
-    """The widths of every decoder block under the names that transformers' configurations use; 0 where it is absent."""
+    """The widths of every decoder block under the names that ragged configurations use; 0 where it is absent."""
     widths = []
-    for block in decoder_blocks(model):
-        attention: Any = block.get_submodule("self_attn")
-        queries = keys = channels = 0
-        if not _is_absent(attention):
-            queries = linear(block, "self_attn.q_proj").out_features // attention.head_dim
-            keys = linear(block, "self_attn.k_proj").out_features // attention.head_dim
-        if not _is_absent(block.get_submodule("mlp")):
-            channels = linear(block, "mlp.gate_proj").out_features
-        widths.append({"num_attention_heads": queries, "num_key_value_heads": keys, "intermediate_size": channels})
+    for groups in prunable_groups(model):
+        present = {group.kind: group for group in groups}
+        attention, mlp = present.get("attention"), present.get("mlp")
+        widths.append(
+            {
+                "num_attention_heads": attention.units * attention.width if attention else 0,
+                "num_key_value_heads": attention.units if attention else 0,
+                "intermediate_size": mlp.units if mlp else 0,
+            }
+        )
     return widths
+
+
+def attention_module(model: PreTrainedModel, block: int) -> Any:
+    """The attention of a block, or what stands where it was."""
+    return decoder_blocks(model)[block].get_submodule(module_path(layout_of(model.config).attention.consumer))
 
 
 def head_dim(model: PreTrainedModel) -> int:
     """Channels of one attention head; an absent attention knows them too."""
-    attention: Any = decoder_blocks(model)[0].get_submodule("self_attn")
-    return int(attention.head_dim)
+    return _head_dim(attention_module(model, 0), layout_of(model.config))
 
 
 def linear(block: nn.Module, path: str) -> nn.Linear:
@@ -153,43 +235,54 @@ def linear(block: nn.Module, path: str) -> nn.Linear:
     return module
 
 
-def _is_absent(module: nn.Module) -> bool:
+def _is_absent(block: nn.Module, projections: Projections) -> bool:
+    module = block.get_submodule(module_path(projections.consumer) or projections.consumer)
     # By attribute: a model loaded with the file that its checkpoint brings has classes of that file.
     return getattr(module, "is_absent", False)
 
 
-def _attention_group(index: int, block: nn.Module) -> PrunableGroup:
-    attention: Any = block.get_submodule("self_attn")
-    per_key = attention.head_dim
-    per_group = per_key * attention.num_key_value_groups
-    producers = (
-        Producer("self_attn.q_proj", per_group),
-        Producer("self_attn.k_proj", per_key),
-        Producer("self_attn.v_proj", per_key),
-    )
-    heads = attention.num_key_value_groups
-    return _group(index, "attention", block, "self_attn.o_proj", channels=per_group, width=heads, producers=producers)
+def _head_dim(attention: Any, layout: Layout) -> int:
+    return int(attention.head_dim if getattr(attention, "is_absent", False) else getattr(attention, layout.head_dim))
 
 
-def _mlp_group(index: int, block: nn.Module) -> PrunableGroup:
-    producers = (Producer("mlp.gate_proj", 1), Producer("mlp.up_proj", 1))
-    return _group(index, "mlp", block, "mlp.down_proj", channels=1, width=1, producers=producers)
+def _attention_group(index: int, block: nn.Module, layout: Layout) -> PrunableGroup:
+    attention: Any = block.get_submodule(module_path(layout.attention.consumer))
+    per_key = _head_dim(attention, layout)
+    heads = getattr(attention, "num_key_value_groups", 1)  # Multi-head attention need not have it.
+    sizes = {"q": per_key * heads, "k": per_key, "v": per_key}
+    return _group(index, "attention", block, layout.attention, sizes=sizes, channels=sizes["q"], width=heads)
 
 
 def _group(
     index: int,
     kind: Kind,
     block: nn.Module,
-    consumer: str,
+    projections: Projections,
     *,
+    sizes: dict[str, int],
     channels: int,
     width: int,
-    producers: tuple[Producer, ...],
 ) -> PrunableGroup:
-    output = linear(block, consumer)
+    output = linear(block, projections.consumer)
+    units = output.in_features // channels
+    producers = tuple(Producer(path, row_counts(rows, sizes)) for path, rows in projections.producers.items())
     unit_parameters = output.out_features * channels
     for producer in producers:
         layer = linear(block, producer.path)
-        unit_parameters += producer.rows * (layer.in_features + (layer.bias is not None))
-    units = output.in_features // channels
-    return PrunableGroup(index, kind, consumer, producers, units, channels, width, unit_parameters)
+        unit_parameters += sum(producer.rows) * (layer.in_features + (layer.bias is not None))
+    norms = (*projections.head_norms, *projections.joint_norms)
+    for path in norms:
+        unit_parameters += sum(parameter.numel() for parameter in block.get_submodule(path).parameters()) // units
+    return PrunableGroup(
+        block=index,
+        kind=kind,
+        consumer=projections.consumer,
+        producers=producers,
+        units=units,
+        channels=channels,
+        width=width,
+        unit_parameters=unit_parameters,
+        norms=norms,
+        joint_norms=projections.joint_norms,
+        post_norm=projections.post_norm,
+    )

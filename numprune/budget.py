@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
-from numprune.architectures import PrunableGroup, all_groups, decoder_blocks, head_dim, linear
+from numprune.architectures import PrunableGroup, all_groups, attention_module, decoder_blocks, head_dim, linear
 from numprune.errors import NumpruneError
 
 BudgetKind = Literal["ratio", "parameters", "size", "memory", "flops", "latency"]
@@ -210,7 +210,7 @@ def _unit_cost(model: PreTrainedModel, group: PrunableGroup, budget: Budget) -> 
     if budget.kind == "flops":
         block = decoder_blocks(model)[group.block]
         weights = linear(block, group.consumer).out_features * group.channels
-        weights += sum(producer.rows * linear(block, producer.path).in_features for producer in group.producers)
+        weights += sum(sum(producer.rows) * linear(block, producer.path).in_features for producer in group.producers)
         return 2 * weights + 4 * attended * group.channels
     if budget.kind == "memory":
         cached = 2 * head_dim(model) * attended * budget.batch
@@ -231,7 +231,7 @@ def _header_bytes(model: PreTrainedModel) -> int:
 def _attended_tokens(model: PreTrainedModel, block: int, length: int) -> int:
     # Some families decide layer by layer and say so on the layer, others have one window for all in the configuration.
     of_all = getattr(model.config, "sliding_window", None)
-    window = getattr(decoder_blocks(model)[block].self_attn, "sliding_window", of_all)
+    window = getattr(attention_module(model, block), "sliding_window", of_all)
     return length if window is None else min(length, int(window))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune.allocation import Allocated, allocate, allocate_literally
-from numprune.architectures import PrunableGroup, decoder_blocks, linear, prunable_groups
+from numprune.architectures import PrunableGroup, channel_indices, decoder_blocks, linear, prunable_groups
 from numprune.budget import Costs
 from numprune.capture import capture
 from numprune.compensation import compensate
@@ -23,7 +23,6 @@ from numprune.progress import Watch, silent
 from numprune.ranking import Ranking, Selection, rank
 from numprune.recipe import Recipe
 from numprune.sensitivity import LossProbe, rise_curve
-from numprune.slicing import channel_indices
 from numprune.statistics import BlockStatistics, Measured
 
 # Shares of a group's units after whose removal the rise of the loss is measured; between them it is interpolated.

@@ -7,12 +7,14 @@ added in front. The perplexity is exp of the mean negative log-likelihood of all
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from numprune.architectures import logits
 from numprune.errors import NumpruneError
 
 
@@ -49,12 +51,13 @@ def window_losses(
     model.eval()
     if device is not None:
         nn.Module.to(model, device)
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder: Any = model.get_decoder()
     for batch in windows.split(batch_size):
         input_ids = batch.to(model.device)
         hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         # One window at a time: with a large vocabulary the logits of a batch outweigh everything else.
-        losses = [_loss(head(states[:-1]), targets[1:]) for states, targets in zip(hidden, input_ids, strict=True)]
+        windows_of_batch = zip(hidden[:, :-1].split(1), input_ids[:, 1:], strict=True)
+        losses = [_loss(logits(model, states)[0], targets) for states, targets in windows_of_batch]
         yield torch.stack(losses).cpu()
 
 

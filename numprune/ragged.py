@@ -1,27 +1,90 @@
-"""Models whose layers differ in width: what a pruned checkpoint needs to load.
+"""Families of models, and models whose layers differ in width: what a pruned checkpoint needs to load.
 
 This file is shipped beside the weights of every pruned checkpoint and depends on nothing but torch and transformers.
-Layer sizes come from `per_layer_config` in `config.json`; where one is 0 the whole module is absent. `consumer_bias`
-gives all output projections a bias. Everything else is the stock model of the family.
+Layer sizes come from `per_layer_config` in `config.json`, under the same three names for every family; where one is 0
+the whole module is absent. `consumer_bias` gives all output projections a bias. Everything else is the stock model of
+the family.
 """
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     Cache,
-    LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
     MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The linear layers of an attention or an MLP, by their paths inside a decoder block.
+
+    Attributes:
+        producers: What the rows of each producer are. `q`, `k` and `v` are the queries, keys and values of an
+            attention, `gate` and `up` the channels of an MLP. Of a fused projection `q|k|v` says that the queries of
+            all heads come first, then all keys, then all values; `q+k+v` that the rows of one head stand together.
+        consumer: The output projection.
+        head_norms: Norms that have weights for each head, which go with it. A norm that all heads share is none.
+        joint_norms: Norms whose mean square runs over the channels of all heads.
+        post_norm: The norm between the consumer and the residual stream, if there is one.
+    """
+
+    producers: Mapping[str, str]
+    consumer: str
+    head_norms: tuple[str, ...] = ()
+    joint_norms: tuple[str, ...] = ()
+    post_norm: str | None = None
+
+
+_ATTENTION = Projections(
+    {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v"}, consumer="self_attn.o_proj"
+)
+_MLP = Projections({"mlp.gate_proj": "gate", "mlp.up_proj": "up"}, consumer="mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a family of models has what can be pruned; the defaults are LLaMA's.
+
+    Attributes:
+        stock: The family's class in transformers.
+        attention: The projections of an attention; a unit is a key/value head with the query heads that share it.
+        mlp: The projections of an MLP; a unit is a channel.
+        head_dim: Name of the attribute of the attention module that holds the channels of a head.
+        final: What follows the last block inside the decoder, the norm first; parts that a model lacks are passed over.
+        norm_offset: What the norms add to their weight before they multiply by it.
+        requires: Settings of the configuration without which the family's blocks are built otherwise.
+    """
+
+    stock: type[PreTrainedModel]
+    attention: Projections = _ATTENTION
+    mlp: Projections = _MLP
+    head_dim: str = "head_dim"
+    final: tuple[str, ...] = ("norm",)
+    norm_offset: float = 0.0
+    requires: Mapping[str, Any] = field(default_factory=dict)
+
+
+# By the model type of the dense family.
+LAYOUTS: dict[str, Layout] = {
+    "llama": Layout(LlamaForCausalLM),
+    "mistral": Layout(MistralForCausalLM),
+    "qwen2": Layout(Qwen2ForCausalLM),
+    "qwen3": Layout(Qwen3ForCausalLM),
+}
+
+
+def row_counts(rows: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """How many rows each part of a projection has, if a query, key, ... has the given ones; see `Projections`."""
+    return tuple(sum(sizes[piece] for piece in part.split("+")) for part in rows.split("|"))
 
 
 class AbsentAttention(nn.Module):
@@ -40,15 +103,20 @@ class AbsentAttention(nn.Module):
         self.head_dim = head_dim
 
     def forward(
-        self, hidden_states: Tensor, past_key_values: Cache | None = None, **_kwargs: Any
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
+        **_kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Gives zeros, and no attention weights."""
-        if past_key_values is not None:
+        cache = past_key_values if layer_past is None else layer_past  # The name differs by family.
+        if cache is not None:
             # Positions and masks come from the length of one layer's cache, which may be this one's. A growing cache
             # takes keys without elements for no keys at all; a static one has the heads of the configuration, none.
-            heads, channels = (0, self.head_dim) if past_key_values.is_compileable else (1, 1)
+            heads, channels = (0, self.head_dim) if cache.is_compileable else (1, 1)
             states = hidden_states.new_zeros(len(hidden_states), heads, hidden_states.shape[1], channels)
-            past_key_values.update(states, states, self.layer_idx)
+            cache.update(states, states, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 
@@ -62,6 +130,42 @@ class AbsentMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+def remove_attention(block: nn.Module, path: str, head_dim: int) -> None:
+    """Puts an absent attention in the place of one of the given head size."""
+    attention: Any = block.get_submodule(path)
+    block.set_submodule(path, AbsentAttention(attention.layer_idx, head_dim))
+
+
+def remove_mlp(block: nn.Module, consumer: str, producers: Iterable[str]) -> None:
+    """Puts an absent MLP in the place of one."""
+    path = module_path(consumer)
+    if path:
+        block.set_submodule(path, AbsentMLP())
+        return
+    # The projections stand in the block itself.
+    for producer in producers:
+        block.set_submodule(producer, nn.Identity())
+    block.set_submodule(consumer, AbsentMLP())
+
+
+def module_path(consumer: str) -> str:
+    """Path of the module that holds an output projection; empty if that is the block."""
+    return consumer.rpartition(".")[0]
+
+
+def set_head_counts(attention: Any, queries: int, keys: int) -> None:
+    """Tells an attention module how many heads it has, where its forward pass asks for that."""
+    for name, count in {"num_heads": queries, "num_key_value_heads": keys}.items():
+        if hasattr(attention, name):
+            setattr(attention, name, count)
+
+
+def cut_norm(norm: Any, kept: Tensor) -> None:
+    """Leaves the given entries of a norm that has weights for each head or channel, in place."""
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(norm, name, nn.Parameter(parameter[kept].contiguous(), requires_grad=parameter.requires_grad))
+
+
 class _RaggedConfig(PreTrainedConfig):
     consumer_bias: bool = False
 
@@ -73,32 +177,10 @@ class _RaggedConfig(PreTrainedConfig):
         PreTrainedConfig.validate(self)  # type: ignore[attr-defined]  # Added by a decorator.
 
 
-class RaggedLlamaConfig(_RaggedConfig, LlamaConfig):
-    """A LLaMA configuration with layers of different widths."""
-
-    model_type = "ragged_llama"
-
-
-class RaggedMistralConfig(_RaggedConfig, MistralConfig):
-    """A Mistral configuration with layers of different widths."""
-
-    model_type = "ragged_mistral"
-
-
-class RaggedQwen2Config(_RaggedConfig, Qwen2Config):
-    """A Qwen2 configuration with layers of different widths."""
-
-    model_type = "ragged_qwen2"
-
-
-class RaggedQwen3Config(_RaggedConfig, Qwen3Config):
-    """A Qwen3 configuration with layers of different widths."""
-
-    model_type = "ragged_qwen3"
-
-
 class _RaggedModel(PreTrainedModel):
     """Builds the family's stock model, then gives the projections of every layer their own widths."""
+
+    layout: Layout
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         # The stock constructors read one width for all layers; what they build is replaced right after.
@@ -108,34 +190,40 @@ class _RaggedModel(PreTrainedModel):
         config.per_layer_config = widths
         for block, layer in zip(self.get_decoder().layers, config.per_layer_config, strict=True):
             if layer.num_attention_heads:
-                _resize_attention(block.self_attn, layer)
+                _resize_attention(block, self.layout, layer)
             else:
-                block.self_attn = AbsentAttention(block.self_attn.layer_idx, block.self_attn.head_dim)
+                path = module_path(self.layout.attention.consumer)
+                remove_attention(block, path, getattr(block.get_submodule(path), self.layout.head_dim))
             if layer.intermediate_size:
-                _resize_mlp(block.mlp, layer)
+                sizes = dict.fromkeys(("gate", "up"), layer.intermediate_size)
+                _resize(block, self.layout.mlp, sizes, layer.intermediate_size, layer.consumer_bias)
             else:
-                block.mlp = AbsentMLP()
+                remove_mlp(block, self.layout.mlp.consumer, self.layout.mlp.producers)
 
 
-def _resize_attention(attention: Any, layer: Any) -> None:
-    queries = layer.num_attention_heads * attention.head_dim
-    keys = layer.num_key_value_heads * attention.head_dim
-    attention.q_proj = _resized(attention.q_proj, outputs=queries)
-    attention.k_proj = _resized(attention.k_proj, outputs=keys)
-    attention.v_proj = _resized(attention.v_proj, outputs=keys)
-    attention.o_proj = _resized(attention.o_proj, inputs=queries, bias=layer.consumer_bias)
-    attention.num_key_value_groups = layer.num_attention_heads // layer.num_key_value_heads
+def _resize_attention(block: nn.Module, layout: Layout, layer: Any) -> None:
+    attention: Any = block.get_submodule(module_path(layout.attention.consumer))
+    head_dim = getattr(attention, layout.head_dim)
+    queries, keys = layer.num_attention_heads, layer.num_key_value_heads
+    stock_queries = block.get_submodule(layout.attention.consumer).in_features // head_dim
+    for path in (*layout.attention.head_norms, *layout.attention.joint_norms):
+        norm: Any = block.get_submodule(path)
+        cut_norm(norm, torch.arange(len(norm.weight) * queries // stock_queries))
+    sizes = {"q": queries * head_dim, "k": keys * head_dim, "v": keys * head_dim}
+    _resize(block, layout.attention, sizes, queries * head_dim, layer.consumer_bias)
+    set_head_counts(attention, queries, keys)
 
 
-def _resize_mlp(mlp: Any, layer: Any) -> None:
-    mlp.gate_proj = _resized(mlp.gate_proj, outputs=layer.intermediate_size)
-    mlp.up_proj = _resized(mlp.up_proj, outputs=layer.intermediate_size)
-    mlp.down_proj = _resized(mlp.down_proj, inputs=layer.intermediate_size, bias=layer.consumer_bias)
+def _resize(
+    block: nn.Module, projections: Projections, sizes: Mapping[str, int], inputs: int, consumer_bias: bool
+) -> None:
+    for path, rows in projections.producers.items():
+        block.set_submodule(path, _resized(block.get_submodule(path), outputs=sum(row_counts(rows, sizes))))
+    consumer = block.get_submodule(projections.consumer)
+    block.set_submodule(projections.consumer, _resized(consumer, inputs=inputs, bias=consumer_bias))
 
 
-def _resized(
-    layer: nn.Linear, *, inputs: int | None = None, outputs: int | None = None, bias: bool = False
-) -> nn.Linear:
+def _resized(layer: Any, *, inputs: int | None = None, outputs: int | None = None, bias: bool = False) -> nn.Linear:
     return nn.Linear(
         inputs or layer.in_features,
         outputs or layer.out_features,
@@ -145,34 +233,22 @@ def _resized(
     )
 
 
-class RaggedLlamaForCausalLM(_RaggedModel, LlamaForCausalLM):
-    """LLaMA with layers of different widths."""
-
-    config_class = RaggedLlamaConfig
-
-
-class RaggedMistralForCausalLM(_RaggedModel, MistralForCausalLM):
-    """Mistral with layers of different widths."""
-
-    config_class = RaggedMistralConfig
+def _ragged_classes(layout: Layout) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """RaggedLlamaConfig and RaggedLlamaForCausalLM for LLaMA, and so on; transformers finds them by name."""
+    stock: Any = layout.stock
+    settings = {"model_type": f"ragged_{stock.config_class.model_type}"}
+    config = _subclass(_RaggedConfig, stock.config_class, settings)
+    return config, _subclass(_RaggedModel, stock, {"config_class": config, "layout": layout})
 
 
-class RaggedQwen2ForCausalLM(_RaggedModel, Qwen2ForCausalLM):
-    """Qwen2 with layers of different widths."""
-
-    config_class = RaggedQwen2Config
-
-
-class RaggedQwen3ForCausalLM(_RaggedModel, Qwen3ForCausalLM):
-    """Qwen3 with layers of different widths."""
-
-    config_class = RaggedQwen3Config
+def _subclass(first: type, stock: type, attributes: dict[str, Any]) -> Any:
+    name = f"Ragged{stock.__name__}"
+    about = {"__module__": __name__, "__doc__": f"{stock.__name__} with layers of different widths."}
+    globals()[name] = type(name, (first, stock), about | attributes)
+    return globals()[name]
 
 
 # By the model type of the dense family.
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (RaggedLlamaConfig, RaggedLlamaForCausalLM),
-    "mistral": (RaggedMistralConfig, RaggedMistralForCausalLM),
-    "qwen2": (RaggedQwen2Config, RaggedQwen2ForCausalLM),
-    "qwen3": (RaggedQwen3Config, RaggedQwen3ForCausalLM),
+    name: _ragged_classes(layout) for name, layout in LAYOUTS.items()
 }

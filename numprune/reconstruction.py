@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from numprune.architectures import decoder_blocks
+from numprune.architectures import after_blocks, decoder_blocks
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def hidden_state_errors(
 
 def _hidden_states(model: PreTrainedModel, input_ids: Tensor) -> list[Tensor]:
     decoder: Any = model.get_decoder()
-    with _outputs([*decoder_blocks(model), decoder.norm]) as seen:
+    with _outputs([*decoder_blocks(model), after_blocks(model)[0]]) as seen:
         decoder(input_ids=input_ids.to(model.device), use_cache=False)
     return seen
 

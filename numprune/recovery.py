@@ -14,7 +14,7 @@ gives on its own stream, Z U:
     min over U':  ||Z' U' - Z U_kept||_F^2 + gamma ||U' - U_kept||_F^2.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from numprune.architectures import PrunableGroup, linear
+from numprune.architectures import PrunableGroup, after_blocks, layout_of, linear
 from numprune.capture import enter
 from numprune.cholesky import damped_cholesky
-from numprune.slicing import channel_indices
 
 Recovery = Literal["none", "bias", "least_squares", "sequential", "refit"]
 
@@ -109,15 +108,9 @@ class Streams:
     @torch.no_grad()
     def refit_last_norm(self, model: PreTrainedModel) -> None:
         """Refits the weight of the norm after the last block: channel by channel the best factor, by least squares."""
-        decoder: Any = model.get_decoder()
-        norm = decoder.norm.to(self._dense[0].device)
-        products = squares = torch.zeros((), dtype=torch.float64)
-        for dense, cut in zip(self._dense, self._pruned, strict=True):
-            wanted, found = norm(dense).flatten(0, -2).double(), norm(cut).flatten(0, -2).double()
-            products = products + (wanted * found).sum(dim=0).cpu()
-            squares = squares + found.square().sum(dim=0).cpu()
-        factor = torch.where(squares > 0, products / squares, 1.0)
-        norm.weight = nn.Parameter((norm.weight * factor.to(norm.weight.device)).to(norm.weight.dtype))
+        norm = after_blocks(model)[0].to(self._dense[0].device)
+        outputs = ((norm(dense), norm(cut)) for dense, cut in zip(self._dense, self._pruned, strict=True))
+        _refit_norm(norm, outputs, layout_of(model.config).norm_offset)
         norm.to(model.device)
 
     def _dense_pass(self, block: nn.Module, groups: Sequence[PrunableGroup], states: Tensor) -> "_Dense":
@@ -143,7 +136,7 @@ class Streams:
         factor, gamma = regression.factor(self._ridge, f"block {group.block}, input of {group.producers[0].path}")
         for producer in group.producers:
             layer = linear(pruned, producer.path)
-            wanted = linear(block, producer.path).weight[channel_indices(kept, producer.rows)].double()
+            wanted = linear(block, producer.path).weight[group.rows(producer, kept)].double()
             solved = torch.cholesky_solve((wanted @ regression.cross + gamma * wanted).T, factor).T
             layer.weight.copy_(solved)
 
@@ -164,6 +157,27 @@ class Streams:
 
     def _of(self, states: Tensor, index: int) -> dict[str, Any]:
         return self._arguments[len(states)][index]
+
+
+def _refit_norm(norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: float) -> None:
+    """Scales each channel of a norm by the best factor, by least squares from what it gives to what is wanted.
+
+    Args:
+        norm: Multiplies by its weight + offset and then adds its bias, if it has one; without a weight it stays.
+        outputs: Pairs of wanted outputs and those that it gives, (..., D).
+        offset: Of the weight.
+    """
+    if norm.weight is None:
+        return
+    bias = 0.0 if getattr(norm, "bias", None) is None else norm.bias.double()
+    products = squares = torch.zeros((), dtype=torch.float64)
+    for pair in outputs:
+        wanted, found = (states.flatten(0, -2).double() - bias for states in pair)
+        products = products + (wanted * found).sum(dim=0).cpu()
+        squares = squares + found.square().sum(dim=0).cpu()
+    factor = torch.where(squares > 0, products / squares, 1.0).to(norm.weight.device)
+    scaled = (norm.weight + offset) * factor - offset
+    norm.weight = nn.Parameter(scaled.to(norm.weight.dtype))
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ given text it is never negative, and far less noisy for the same tokens.
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from numprune.architectures import decoder_blocks
+from numprune.architectures import after_blocks, decoder_blocks, logits
 from numprune.capture import enter
 
 
@@ -33,10 +32,9 @@ class LossProbe:
             input_ids: (samples, length) calibration tokens.
             batch_size: Samples that go through a block together.
         """
-        decoder: Any = model.get_decoder()
+        self._model = model
         self._blocks = decoder_blocks(model)
-        self._norm: nn.Module = decoder.norm
-        self._head: nn.Module = model.get_output_embeddings()
+        self._after = after_blocks(model)
         self._tokens = input_ids.numel()
         self._index = 0
         self._hidden, self._arguments = enter(model, input_ids.split(batch_size), model.device)
@@ -68,8 +66,9 @@ class LossProbe:
     def _run_on(self, states: Tensor) -> Tensor:
         for index in range(self._index, len(self._blocks)):
             states = self._block(index, states)
-        normed: Tensor = self._norm(states)
-        return normed
+        for module in self._after:
+            states = module(states)
+        return states
 
     def _block(self, index: int, states: Tensor) -> Tensor:
         following: Tensor = self._blocks[index](states, **self._arguments[len(states)][index])
@@ -78,8 +77,8 @@ class LossProbe:
     def _divergence(self, own: Tensor, changed: Tensor) -> float:
         total = 0.0
         # One sample at a time: with a large vocabulary the logits of a batch outweigh everything else.
-        for expected, found in zip(own, changed, strict=True):
-            p, q = (self._head(states).float().log_softmax(-1) for states in (expected, found))
+        for expected, found in zip(own.split(1), changed.split(1), strict=True):
+            p, q = (logits(self._model, states).float().log_softmax(-1) for states in (expected, found))
             total += kl_div(q, p, reduction="sum", log_target=True).item()
         return total
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from numprune.architectures import PrunableGroup, linear
+from numprune.architectures import PrunableGroup, channel_indices, linear
 from numprune.compensation import bias_compensation, compensate
-from numprune.ragged import AbsentAttention, AbsentMLP
+from numprune.ragged import cut_norm, remove_attention, remove_mlp, set_head_counts
 from numprune.statistics import Damping, Moments
 
 Compensation = Literal["none", "bias", "least_squares"]
@@ -48,12 +48,15 @@ def slice_block(
             _remove_module(block, group)
             continue
         for producer in group.producers:
-            rows = channel_indices(units, producer.rows)
+            rows = group.rows(producer, units)
             layer = linear(block, producer.path)
             bias = None if layer.bias is None else layer.bias[rows]
             _replace(layer, layer.weight[rows], bias)
+        for path in group.norms:
+            norm: Any = block.get_submodule(path)
+            cut_norm(norm, channel_indices(units, len(norm.weight) // group.units))
         consumer = linear(block, group.consumer)
-        columns = channel_indices(units, group.channels)
+        columns = group.columns(units)
         weight = consumer.weight[:, columns]
         if moments is not None and compensation == "bias":
             add_bias(consumer, bias_compensation(moments[group.name].mean, consumer.weight, columns))
@@ -62,6 +65,8 @@ def slice_block(
             subject = f"G_KK of {group.name}"
             weight = compensate(measured.gram, consumer.weight, columns, measured.damping(damping), subject=subject)
         _replace(consumer, weight, consumer.bias)
+        if group.kind == "attention":
+            set_head_counts(block.get_submodule(group.module), len(units) * group.width, len(units))
 
 
 @torch.no_grad()
@@ -72,18 +77,11 @@ def add_bias(layer: nn.Linear, bias: Tensor) -> None:
     layer.bias = nn.Parameter(bias.to(layer.weight), requires_grad=layer.weight.requires_grad)
 
 
-def channel_indices(units: Tensor, channels: int) -> Tensor:
-    """Indices of all channels of the given units, each of which owns `channels` consecutive ones."""
-    return (units[:, None] * channels + torch.arange(channels, device=units.device)).flatten()
-
-
 def _remove_module(block: nn.Module, group: PrunableGroup) -> None:
-    path = group.consumer.rpartition(".")[0]
     if group.kind == "attention":
-        attention: Any = block.get_submodule(path)
-        block.set_submodule(path, AbsentAttention(attention.layer_idx, attention.head_dim))
+        remove_attention(block, group.module, group.channels // group.width)
     else:
-        block.set_submodule(path, AbsentMLP())
+        remove_mlp(block, group.consumer, [producer.path for producer in group.producers])
 
 
 def _replace(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:

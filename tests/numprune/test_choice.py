@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from numprune.allocation import Shapes
-from numprune.architectures import linear, prunable_groups
+from numprune.architectures import channel_indices, linear, prunable_groups
 from numprune.budget import Budget, to_remove
 from numprune.choice import choose_units, rank_model
 from numprune.compensation import compensate
@@ -18,7 +18,6 @@ from numprune.progress import silent
 from numprune.pruning import capture_to
 from numprune.ranking import Selection
 from numprune.recipe import RECIPES, Recipe, recipe_name
-from numprune.slicing import channel_indices
 from numprune.statistics import Measured
 from tests.numprune.conftest import CONFIGS, choose, random_model
 

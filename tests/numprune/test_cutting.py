@@ -10,7 +10,7 @@ from numprune.compensation import compensate
 from numprune.cutting import cut, twin
 from numprune.pruning import capture_to
 from numprune.recovery import Recovery
-from numprune.slicing import channel_indices, slice_block
+from numprune.slicing import slice_block
 from numprune.statistics import Measured
 
 RECOVERIES = get_args(Recovery)
@@ -98,7 +98,7 @@ def test_automatic_damping_is_that_of_each_projections_moments(model, kept, meas
     for index, groups in enumerate(prunable_groups(model)):
         for group in groups:
             moments = measured.block(index).moments[group.name]
-            columns = channel_indices(kept[group.name], group.channels)
+            columns = group.columns(kept[group.name])
             weight = linear(model.model.layers[index], group.consumer).weight
             expected = compensate(moments.gram, weight, columns, moments.damping("auto"))
             assert moments.damping("auto") > 1e-4

@@ -10,7 +10,7 @@ from numprune.plan import Source, make_plan
 from numprune.pruning import apply_plan, capture_to, prunable_parameters
 from numprune.recipe import Recipe
 from numprune.recovery import RIDGE, Recovery, Streams
-from numprune.slicing import channel_indices, slice_block
+from numprune.slicing import slice_block
 from numprune.statistics import Measured
 from tests.numprune.conftest import choose
 
@@ -91,7 +91,7 @@ def test_producers_are_fitted_to_the_kept_rows(model, plan, input_ids):
     slice_block(pruned, groups, kept)
     streams.recover(block, pruned, groups[:1], kept, refit=True)
     for producer in groups[0].producers:
-        rows = channel_indices(kept[groups[0].name], producer.rows)
+        rows = groups[0].rows(producer, kept[groups[0].name])
         torch.testing.assert_close(
             linear(pruned, producer.path).weight, linear(block, producer.path).weight[rows], rtol=1e-3, atol=1e-4
         )

@@ -5,7 +5,7 @@ import torch
 
 from numprune.architectures import linear, prunable_groups
 from numprune.capture import capture
-from numprune.slicing import add_bias, channel_indices, slice_block
+from numprune.slicing import add_bias, slice_block
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def zeroed(model, kept, smaller):
             if not len(kept[group.name]):
                 layer.bias = None
                 continue
-            layer.weight[:, channel_indices(kept[group.name], group.channels)] = linear(cut, group.consumer).weight
+            layer.weight[:, group.columns(kept[group.name])] = linear(cut, group.consumer).weight
             layer.bias = linear(cut, group.consumer).bias
     return result
 
@@ -92,7 +92,7 @@ def test_a_bias_gives_what_the_pruned_inputs_give_on_average(llama, input_ids):
     slice_block(block, groups, kept, compensation="bias", moments=moments)
     for group in groups:
         dense, cut = linear(llama.model.layers[0], group.consumer), linear(block, group.consumer)
-        columns = channel_indices(kept[group.name], group.channels)
+        columns = group.columns(kept[group.name])
         assert torch.equal(cut.weight, dense.weight[:, columns])
         mean = moments[group.name].mean
         torch.testing.assert_close(cut(mean[columns]), dense(mean), rtol=1e-4, atol=1e-5)
