@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from numprune.errors import NumpruneError
-from numprune.ragged import LAYOUTS, Layout, Projections, module_path, row_counts
+from numprune.ragged import LAYOUTS, Layout, Projections, module_path, present_norms, row_counts
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -270,7 +270,7 @@ def _group(
     for producer in producers:
         layer = linear(block, producer.path)
         unit_parameters += sum(producer.rows) * (layer.in_features + (layer.bias is not None))
-    norms = (*projections.head_norms, *projections.joint_norms)
+    norms = present_norms(block, projections)
     for path in norms:
         unit_parameters += sum(parameter.numel() for parameter in block.get_submodule(path).parameters()) // units
     return PrunableGroup(

@@ -7,19 +7,30 @@ the family.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     Cache,
+    Cohere2ForCausalLM,
+    CohereForCausalLM,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    GPTNeoXForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    Olmo2ForCausalLM,
+    Olmo3ForCausalLM,
+    OPTForCausalLM,
+    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    SmolLM3ForCausalLM,
+    StableLmForCausalLM,
 )
 
 
@@ -32,8 +43,9 @@ class Projections:
             attention, `gate` and `up` the channels of an MLP. Of a fused projection `q|k|v` says that the queries of
             all heads come first, then all keys, then all values; `q+k+v` that the rows of one head stand together.
         consumer: The output projection.
-        head_norms: Norms that have weights for each head, which go with it. A norm that all heads share is none.
-        joint_norms: Norms whose mean square runs over the channels of all heads.
+        head_norms: Norms that have weights for each head, which go with it; those that a model lacks are passed over. A
+            norm that all heads share is none.
+        joint_norms: Norms that have weights for each head and whose mean square runs over the channels of all heads.
         post_norm: The norm between the consumer and the residual stream, if there is one.
     """
 
@@ -73,12 +85,48 @@ class Layout:
     requires: Mapping[str, Any] = field(default_factory=dict)
 
 
+_POST_NORM_ATTENTION = replace(_ATTENTION, post_norm="post_attention_layernorm")
+_POST_NORM_MLP = replace(_MLP, post_norm="post_feedforward_layernorm")
+_OLMO_ATTENTION = replace(_POST_NORM_ATTENTION, joint_norms=("self_attn.q_norm", "self_attn.k_norm"))
+
 # By the model type of the dense family.
 LAYOUTS: dict[str, Layout] = {
     "llama": Layout(LlamaForCausalLM),
     "mistral": Layout(MistralForCausalLM),
     "qwen2": Layout(Qwen2ForCausalLM),
     "qwen3": Layout(Qwen3ForCausalLM),
+    "smollm3": Layout(SmolLM3ForCausalLM),
+    "gemma2": Layout(Gemma2ForCausalLM, attention=_POST_NORM_ATTENTION, mlp=_POST_NORM_MLP, norm_offset=1.0),
+    "gemma3_text": Layout(Gemma3ForCausalLM, attention=_POST_NORM_ATTENTION, mlp=_POST_NORM_MLP, norm_offset=1.0),
+    "phi3": Layout(
+        Phi3ForCausalLM,
+        attention=Projections({"self_attn.qkv_proj": "q|k|v"}, consumer="self_attn.o_proj"),
+        mlp=Projections({"mlp.gate_up_proj": "gate|up"}, consumer="mlp.down_proj"),
+    ),
+    "olmo2": Layout(Olmo2ForCausalLM, attention=_OLMO_ATTENTION, mlp=_POST_NORM_MLP),
+    "olmo3": Layout(Olmo3ForCausalLM, attention=_OLMO_ATTENTION, mlp=_POST_NORM_MLP),
+    "stablelm": Layout(
+        StableLmForCausalLM,
+        attention=replace(_ATTENTION, head_norms=("self_attn.q_layernorm.norms", "self_attn.k_layernorm.norms")),
+    ),
+    "cohere": Layout(
+        CohereForCausalLM, attention=replace(_ATTENTION, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
+    ),
+    "cohere2": Layout(Cohere2ForCausalLM),
+    "gpt_neox": Layout(
+        GPTNeoXForCausalLM,
+        attention=Projections({"attention.query_key_value": "q+k+v"}, consumer="attention.dense"),
+        mlp=Projections({"mlp.dense_h_to_4h": "up"}, consumer="mlp.dense_4h_to_h"),
+        head_dim="head_size",
+        final=("final_layer_norm",),
+    ),
+    "opt": Layout(
+        OPTForCausalLM,
+        attention=replace(_ATTENTION, consumer="self_attn.out_proj"),
+        mlp=Projections({"fc1": "up"}, consumer="fc2"),
+        final=("final_layer_norm", "project_out"),
+        requires={"do_layer_norm_before": True, "_remove_final_layer_norm": False},
+    ),
 }
 
 
@@ -158,11 +206,41 @@ def set_head_counts(attention: Any, queries: int, keys: int) -> None:
     for name, count in {"num_heads": queries, "num_key_value_heads": keys}.items():
         if hasattr(attention, name):
             setattr(attention, name, count)
+    if hasattr(attention, "qkv_proj"):  # Phi-3 splits it by the head count of the configuration.
+        attention.config = _ConfigOfLayer(attention.config, queries)
 
 
-def cut_norm(norm: Any, kept: Tensor) -> None:
-    """Leaves the given entries of a norm that has weights for each head or channel, in place."""
-    for name, parameter in norm.named_parameters(recurse=False):
+class _ConfigOfLayer:
+    """A configuration as one attention sees it: with its own head count, everything else as it is or becomes."""
+
+    def __init__(self, config: Any, num_attention_heads: int) -> None:
+        self.config: Any = config.config if isinstance(config, _ConfigOfLayer) else config
+        self.num_attention_heads = num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config" or name.startswith("__"):  # Not there yet while a copy is being made.
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+def present_norms(block: nn.Module, projections: Projections) -> tuple[str, ...]:
+    """Paths of the norms in a block of which each head has a share."""
+    modules = dict(block.named_modules())
+    return tuple(path for path in (*projections.head_norms, *projections.joint_norms) if path in modules)
+
+
+def norm_entries(norm: Any) -> int:
+    """Weights of a norm along its first dimension, or how many norms there are, one for each head."""
+    return len(norm) if isinstance(norm, nn.ModuleList) else len(norm.weight)
+
+
+def cut_norm(block: nn.Module, path: str, kept: Tensor) -> None:
+    """Leaves the given entries of a norm that has weights for each head or channel."""
+    norm: Any = block.get_submodule(path)
+    if isinstance(norm, nn.ModuleList):
+        block.set_submodule(path, nn.ModuleList([norm[entry] for entry in kept.tolist()]))
+        return
+    for name, parameter in norm.named_parameters():
         setattr(norm, name, nn.Parameter(parameter[kept].contiguous(), requires_grad=parameter.requires_grad))
 
 
@@ -206,9 +284,9 @@ def _resize_attention(block: nn.Module, layout: Layout, layer: Any) -> None:
     head_dim = getattr(attention, layout.head_dim)
     queries, keys = layer.num_attention_heads, layer.num_key_value_heads
     stock_queries = block.get_submodule(layout.attention.consumer).in_features // head_dim
-    for path in (*layout.attention.head_norms, *layout.attention.joint_norms):
-        norm: Any = block.get_submodule(path)
-        cut_norm(norm, torch.arange(len(norm.weight) * queries // stock_queries))
+    for path in present_norms(block, layout.attention):
+        entries = norm_entries(block.get_submodule(path)) * queries // stock_queries
+        cut_norm(block, path, torch.arange(entries, device="cpu"))
     sizes = {"q": queries * head_dim, "k": keys * head_dim, "v": keys * head_dim}
     _resize(block, layout.attention, sizes, queries * head_dim, layer.consumer_bias)
     set_head_counts(attention, queries, keys)

@@ -1,14 +1,14 @@
 """Cutting units out of a model: rows of the producers, columns of the consumer. Tensors shrink; nothing is masked."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from numprune.architectures import PrunableGroup, channel_indices, linear
 from numprune.compensation import bias_compensation, compensate
-from numprune.ragged import cut_norm, remove_attention, remove_mlp, set_head_counts
+from numprune.ragged import cut_norm, norm_entries, remove_attention, remove_mlp, set_head_counts
 from numprune.statistics import Damping, Moments
 
 Compensation = Literal["none", "bias", "least_squares"]
@@ -53,8 +53,8 @@ def slice_block(
             bias = None if layer.bias is None else layer.bias[rows]
             _replace(layer, layer.weight[rows], bias)
         for path in group.norms:
-            norm: Any = block.get_submodule(path)
-            cut_norm(norm, channel_indices(units, len(norm.weight) // group.units))
+            entries = norm_entries(block.get_submodule(path)) // group.units
+            cut_norm(block, path, channel_indices(units, entries))
         consumer = linear(block, group.consumer)
         columns = group.columns(units)
         weight = consumer.weight[:, columns]
