@@ -1,4 +1,4 @@
-"""Checkpoints in and out: checked before they are loaded, whole or absent when they are saved."""
+"""Checkpoints in: checked before they are loaded."""
 
 import hashlib
 import json
@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,28 +20,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from numprune.architectures import check_supported, head_dim, layer_widths
+from numprune.architectures import check_supported
 from numprune.errors import NumpruneError
-from numprune.files import replace_on_success
-from numprune.plan import PruningPlan
-from numprune.ragged import FAMILIES
-from numprune.samples import save_samples
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
-# Tokenizer and generation settings stay byte for byte: saving them anew would rewrite them in the form of this version.
-_CARRIED_OVER = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
 PLAN_FILE = "pruning_plan.json"
 # In a folder of its own: some engines take every safetensors file beside config.json for weights.
 CALIBRATION_FILE = "calibration/input_ids.safetensors"
@@ -181,56 +165,3 @@ def check_output(folder: Path, needed_bytes: int) -> None:
         raise NumpruneError(
             f"{folder}: {needed_bytes:,} bytes are needed, {free:,} are free. Free some or write elsewhere."
         )
-
-
-def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: PruningPlan, input_ids: Tensor) -> None:
-    """Saves a sliced model so that `from_pretrained` loads it anywhere.
-
-    The folder holds sharded safetensors in the source's data type, a configuration with `per_layer_config`, the
-    modelling file that reads it, the source's tokenizer and generation settings, the plan, and the calibration tokens.
-
-    Args:
-        model: A model whose layers were sliced.
-        source: Folder of the dense model.
-        output: Folder to write; it appears only when complete.
-        plan: What was sliced by.
-        input_ids: The calibration tokens behind the plan.
-
-    Raises:
-        NumpruneError: If writing fails, for want of space for example; nothing is left behind.
-    """
-    pruned: Any = _as_ragged(model)
-    pruned.to(load_config(source).dtype)
-    try:
-        with replace_on_success(output) as temporary:
-            pruned.save_pretrained(temporary)
-            plan.save(temporary / PLAN_FILE)
-            save_samples(input_ids, temporary / CALIBRATION_FILE)
-            for pattern in _CARRIED_OVER:
-                for file in source.glob(pattern):
-                    shutil.copyfile(file, temporary / file.name)
-    except (OSError, SafetensorError) as error:
-        raise NumpruneError(f"{output} cannot be written: {error}. Nothing is left behind.") from error
-
-
-def _as_ragged(model: PreTrainedModel) -> PreTrainedModel:
-    """The same tensors in the class that a checkpoint with layers of different widths loads into."""
-    config_class, model_class = FAMILIES[model.config.model_type.removeprefix("ragged_")]
-    config_class.register_for_auto_class()
-    model_class.register_for_auto_class("AutoModelForCausalLM")
-    settings = model.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "consumer_bias"):
-        settings.pop(key, None)
-    settings["head_dim"] = head_dim(model)
-    settings["per_layer_config"] = dict(enumerate(layer_widths(model)))
-    state = model.state_dict()
-    with torch.device("meta"):
-        pruned = model_class(config_class(**settings))
-        if state.keys() - pruned.state_dict().keys():  # Biases that the family's own configuration does not give.
-            pruned = model_class(config_class(**settings | {"consumer_bias": True}))
-    for name, bias in pruned.state_dict().items():
-        if name.endswith(".bias") and name not in state:
-            state[name] = torch.zeros(bias.shape, dtype=model.dtype, device=model.device)
-    pruned.load_state_dict(state, assign=True)
-    pruned.tie_weights()
-    return pruned.eval()

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from numprune.architectures import KINDS, all_groups, check_supported, decoder_blocks, prunable_groups
 from numprune.budget import linear_costs, readable
 from numprune.calibration import check_data, draw_samples, evaluation_windows
-from numprune.checkpoint import check_output, fetch, load_config, load_model, load_shapes, save_pruned, weight_bytes
+from numprune.checkpoint import check_output, fetch, load_config, load_model, load_shapes, weight_bytes
 from numprune.checkpoint import fingerprint as model_fingerprint
 from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
@@ -33,6 +33,7 @@ from numprune.planning import choose_within
 from numprune.progress import track
 from numprune.pruning import apply_plan, capture_to
 from numprune.samples import fingerprint
+from numprune.saving import save_pruned
 from numprune.statistics import Measured
 
 app = typer.Typer(
@@ -71,10 +72,11 @@ def prune(
         blocks = apply_plan(dense, plan, measured, recovery=job.settings.recovery, damping=job.settings.damping)
         for _ in track(blocks, len(decoder_blocks(dense)), "compensate"):
             pass
-    save_pruned(dense, job.folder, output, plan, measured.input_ids)
+    form = save_pruned(dense, job.folder, output, plan, measured.input_ids)
     before, after = weight_bytes(job.folder), weight_bytes(output)
     typer.echo(f"{plan.achieved_ratio:.2%} of {plan.dense_parameters:,} attention and MLP parameters are gone.")
     typer.echo(f"Weights: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB in {output}")
+    typer.echo(f"Loads as {form}")
 
 
 @app.command("plan")

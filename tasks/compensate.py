@@ -1,11 +1,12 @@
 """Step `compensate`: cut the model by its plan, let the kept weights take over, write the pruned checkpoint."""
 
 from numprune.architectures import decoder_blocks
-from numprune.checkpoint import check_output, load_model, save_pruned, weight_bytes
+from numprune.checkpoint import check_output, load_model, weight_bytes
 from numprune.device import resolve_device, working_dtype
 from numprune.plan import PruningPlan
 from numprune.progress import track
 from numprune.pruning import apply_plan
+from numprune.saving import save_pruned
 from tasks.layout import checkpoint_folder, model_folder, plan_file
 from tasks.parameters import load_parameters
 from tasks.statistics import measured_dense

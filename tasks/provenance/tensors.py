@@ -82,7 +82,7 @@ def _check_shapes(config: Mapping[str, Any], plan: PruningPlan, shapes: Mapping[
             for name in sorted(found.keys() | expected.keys()):
                 where = f"the weights: {block}.{module}.{name}"
                 yield from differing(where, found.get(name), expected.get(name), f"{PLAN_FILE} (keeps {kept} units)")
-            layer = {**config, **config["per_layer_config"].get(str(block), {})}
+            layer = {**config, **config.get("per_layer_config", {}).get(str(block), {})}
             for key, width in widths.items():
                 where = f"{_CONFIG}: block {block}: {key}"
                 yield from differing(where, layer.get(key), width, f"{PLAN_FILE} (keeps {kept} units)")

@@ -12,8 +12,9 @@ from transformers import StaticCache
 
 from numprune.architectures import decoder_blocks, prunable_groups
 from numprune.budget import Budget, Costs, linear_costs, parse_budget, readable, to_remove
-from numprune.checkpoint import load_model, load_shapes, save_pruned, weight_bytes
+from numprune.checkpoint import load_model, load_shapes, weight_bytes
 from numprune.errors import NumpruneError
+from numprune.saving import save_pruned
 from numprune.slicing import slice_block
 from tests.numprune.conftest import CONFIGS
 

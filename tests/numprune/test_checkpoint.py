@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from numprune.architectures import all_groups, prunable_groups
 from numprune.calibration import draw_samples
 from numprune.capture import capture
-from numprune.checkpoint import check_output, fingerprint, load_model, save_pruned
+from numprune.checkpoint import check_output, fingerprint, load_model
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan, Source, make_plan
 from numprune.pruning import apply_plan, capture_to
 from numprune.recipe import Recipe
 from numprune.samples import load_samples
+from numprune.saving import save_pruned
 from numprune.slicing import add_bias
 from numprune.statistics import Measured
 from tests.numprune.conftest import CONFIGS, choose

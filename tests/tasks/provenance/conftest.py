@@ -69,12 +69,13 @@ def prune(budget: str) -> None:
     from numprune.budget import parse_budget
     from numprune.calibration import draw_samples
     from numprune.checkpoint import fingerprint as model_fingerprint
-    from numprune.checkpoint import load_model, load_shapes, save_pruned
+    from numprune.checkpoint import load_model, load_shapes
     from numprune.plan import Source, make_plan
     from numprune.planning import choose_within
     from numprune.progress import track
     from numprune.pruning import apply_plan, capture_to
     from numprune.samples import fingerprint, save_samples
+    from numprune.saving import save_pruned
     from numprune.statistics import Measured
 
     parameters = load_parameters()

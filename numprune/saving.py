@@ -1,0 +1,90 @@
+"""Pruned checkpoints out: in a form that loads where numprune is not installed, whole or absent."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from numprune.architectures import head_dim, layer_widths
+from numprune.checkpoint import CALIBRATION_FILE, PLAN_FILE, load_config
+from numprune.errors import NumpruneError
+from numprune.files import replace_on_success
+from numprune.plan import PruningPlan
+from numprune.ragged import FAMILIES
+from numprune.samples import save_samples
+from numprune.stock import as_stock, family
+
+# Tokenizer and generation settings stay byte for byte: saving them anew would rewrite them in the form of this version.
+_CARRIED_OVER = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+)
+
+
+def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: PruningPlan, input_ids: Tensor) -> str:
+    """Saves a sliced model so that `from_pretrained` loads it anywhere.
+
+    The folder holds sharded safetensors in the source's data type, the source's tokenizer and generation settings, the
+    plan, and the calibration tokens. Where all layers have the same widths it is an ordinary checkpoint of a stock
+    class. Otherwise the configuration has a `per_layer_config`, and the modelling file that reads it lies beside it.
+
+    Args:
+        model: A model whose layers were sliced.
+        source: Folder of the dense model.
+        output: Folder to write; it appears only when complete.
+        plan: What was sliced by.
+        input_ids: The calibration tokens behind the plan.
+
+    Returns:
+        The class that the checkpoint loads into and why; one sentence.
+
+    Raises:
+        NumpruneError: If writing fails, for want of space for example; nothing is left behind.
+    """
+    form = as_stock(model)
+    pruned: Any = form.model or _as_ragged(model)
+    pruned.to(load_config(source).dtype)
+    try:
+        with replace_on_success(output) as temporary:
+            pruned.save_pretrained(temporary)
+            plan.save(temporary / PLAN_FILE)
+            save_samples(input_ids, temporary / CALIBRATION_FILE)
+            for pattern in _CARRIED_OVER:
+                for file in source.glob(pattern):
+                    shutil.copyfile(file, temporary / file.name)
+    except (OSError, SafetensorError) as error:
+        raise NumpruneError(f"{output} cannot be written: {error}. Nothing is left behind.") from error
+    return f"{type(pruned).__name__}: {form.reason}."
+
+
+def _as_ragged(model: PreTrainedModel) -> PreTrainedModel:
+    """The same tensors in the class that a checkpoint with layers of different widths loads into."""
+    config_class, model_class = FAMILIES[family(model.config)]
+    config_class.register_for_auto_class()
+    model_class.register_for_auto_class("AutoModelForCausalLM")
+    settings = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "per_layer_config", "consumer_bias"):
+        settings.pop(key, None)
+    settings["head_dim"] = head_dim(model)
+    settings["per_layer_config"] = dict(enumerate(layer_widths(model)))
+    state = model.state_dict()
+    with torch.device("meta"):
+        pruned = model_class(config_class(**settings))
+        if state.keys() - pruned.state_dict().keys():  # Biases that the family's own configuration does not give.
+            pruned = model_class(config_class(**settings | {"consumer_bias": True}))
+    for name, bias in pruned.state_dict().items():
+        if name.endswith(".bias") and name not in state:
+            state[name] = torch.zeros(bias.shape, dtype=model.dtype, device=model.device)
+    pruned.load_state_dict(state, assign=True)
+    pruned.tie_weights()
+    return pruned.eval()
