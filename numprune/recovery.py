@@ -12,6 +12,22 @@ rows of the producers are refitted before, from the pruned stream's input Z' of 
 gives on its own stream, Z U:
 
     min over U':  ||Z' U' - Z U_kept||_F^2 + gamma ||U' - U_kept||_F^2.
+
+In a parallel block, where the MLP does not read what the attention gives, nothing of this changes: both are added to
+the same stream, one after the other.
+
+Where a norm stands between consumer and residual stream, as in Gemma and OLMo, the stream gets g * v / rms(v) of what
+the consumer gives, v. A norm cannot give every T, so the norm is made linear about the dense output o = X V: with its
+divisor that of the dense stream, r = rms(o), every token is fitted to
+
+    x' V / r = o / r + g (T - g o / r) / (g^2 + delta),
+
+the ridge solution of g u = T from u = o / r. delta, a tenth of the mean of g^2, keeps channels that the norm hardly
+lets through from asking for what would outweigh all others. Where T is what the dense model adds, this asks for o.
+
+Some families have norms whose mean square runs over the queries or the keys of all heads. It changes when heads go;
+with `refit` their weights are refitted like the last norm's, from what the pruned model's norm gives to what the dense
+one's does on the channels that stay.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from numprune.architectures import PrunableGroup, after_blocks, layout_of, linear
+from numprune.architectures import PrunableGroup, after_blocks, channel_indices, layout_of, linear
 from numprune.capture import enter
 from numprune.cholesky import damped_cholesky
 
@@ -31,6 +47,8 @@ Recovery = Literal["none", "bias", "least_squares", "sequential", "refit"]
 
 # A mild pull: it decides where the calibration tokens leave the weight undetermined.
 RIDGE = 1e-2
+# Of the factors of a norm behind a consumer, relative to their mean square.
+NORM_DAMPING = 0.1
 
 
 class _Regression:
@@ -99,8 +117,9 @@ class Streams:
             if refit:
                 inputs = [batch.inputs[position] for batch in seen]
                 self._refit_producers(block, pruned, group, kept[group.name], inputs)
+                self._refit_joint_norms(pruned, group, kept[group.name], seen)
             before = [g for g in groups[:position] if len(kept[g.name])]
-            self._refit_consumer(pruned, group, before, [batch.aims[position] for batch in seen])
+            self._refit_consumer(pruned, group, before, [batch.aims[position] for batch in seen], seen)
         self._dense = [batch.after for batch in seen]
         self._pruned = [pruned(states, **self._of(states, self._index)) for states in self._pruned]
         self._index += 1
@@ -115,14 +134,15 @@ class Streams:
 
     def _dense_pass(self, block: nn.Module, groups: Sequence[PrunableGroup], states: Tensor) -> "_Dense":
         inputs = [group.producers[0].path for group in groups]
-        outputs = [group.consumer for group in groups]
-        with _watching(block, [*inputs, *outputs]) as seen:
+        outputs = [_last(group) for group in groups]
+        norms = [path for group in groups for path in (*group.joint_norms, *filter(None, [group.post_norm]))]
+        with _watching(block, [*inputs, *norms, *outputs]) as seen:
             after = block(states, **self._of(states, self._index))
         aims, reached = [], states
         for path in outputs:
-            reached = reached + seen[path].output
+            reached = reached + seen[path].output.view_as(states)
             aims.append(reached)
-        return _Dense([seen[path].input for path in inputs], aims, after)
+        return _Dense([seen[path].input for path in inputs], {path: seen[path] for path in norms}, aims, after)
 
     def _refit_producers(
         self, block: nn.Module, pruned: nn.Module, group: PrunableGroup, kept: Tensor, dense: Sequence[Tensor]
@@ -140,23 +160,68 @@ class Streams:
             solved = torch.cholesky_solve((wanted @ regression.cross + gamma * wanted).T, factor).T
             layer.weight.copy_(solved)
 
+    def _refit_joint_norms(
+        self, pruned: nn.Module, group: PrunableGroup, kept: Tensor, dense: Sequence["_Dense"]
+    ) -> None:
+        """The channels that stay have another mean square than all had: their factors make up for that on average."""
+        for path in group.joint_norms:
+            norm: Any = pruned.get_submodule(path)
+            entries = channel_indices(kept, len(norm.weight) // len(kept))
+            found = (
+                _run_until(pruned, group.consumer, states, self._of(states, group.block), [path])[1][0]
+                for states in self._pruned
+            )
+            wanted = (batch.norms[path].output[..., entries] for batch in dense)
+            _refit_norm(norm, zip(wanted, found, strict=True), offset=0.0)
+
     def _refit_consumer(
-        self, pruned: nn.Module, group: PrunableGroup, before: Sequence[PrunableGroup], aims: Sequence[Tensor]
+        self,
+        pruned: nn.Module,
+        group: PrunableGroup,
+        before: Sequence[PrunableGroup],
+        aims: Sequence[Tensor],
+        dense: Sequence["_Dense"],
     ) -> None:
         """Refits a group's consumer; those of the groups before it have joined the streams already."""
         layer = linear(pruned, group.consumer)
         regression = _Regression(layer.in_features, layer.out_features, layer.weight.device)
-        paths = [g.consumer for g in before]
-        for states, aim in zip(self._pruned, aims, strict=True):
+        paths = [_last(g) for g in before]
+        for states, aim, batch in zip(self._pruned, aims, dense, strict=True):
             inputs, outputs = _run_until(pruned, group.consumer, states, self._of(states, group.block), paths)
-            wanted = aim - states - sum(outputs)
-            regression.add(inputs, wanted if layer.bias is None else wanted - layer.bias)
+            wanted = aim - states - sum(output.view_as(states) for output in outputs)
+            bias = torch.zeros((), device=states.device) if layer.bias is None else layer.bias
+            if group.post_norm:
+                seen = batch.norms[group.post_norm]
+                size = (seen.input.float().square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()  # As norms have it.
+                wanted = _before_norm(pruned.get_submodule(group.post_norm), seen, size, wanted)
+                regression.add(inputs / size, wanted - bias / size)
+            else:
+                regression.add(inputs, wanted - bias)
         factor, gamma = regression.factor(self._ridge, f"block {group.block}, {group.consumer}")
         solved = torch.cholesky_solve((regression.cross + gamma * layer.weight.double()).T, factor).T
         layer.weight.copy_(solved)
 
     def _of(self, states: Tensor, index: int) -> dict[str, Any]:
         return self._arguments[len(states)][index]
+
+
+def _last(group: PrunableGroup) -> str:
+    """Path of the module whose output is added to the residual stream."""
+    return group.post_norm or group.consumer
+
+
+def _before_norm(norm: nn.Module, dense: "_Seen", size: Tensor, wanted: Tensor) -> Tensor:
+    """What a consumer is to give, over the size of what the dense one gives, so that the norm behind it gives `wanted`.
+
+    Args:
+        norm: Between the consumer and the residual stream; it subtracts no mean, so ones come out as its factors.
+        dense: What the norm of the dense block sees.
+        size: (..., 1) root mean square of what the dense consumer gives.
+        wanted: (..., D) to be added to the pruned stream.
+    """
+    gain = norm(torch.ones(wanted.shape[-1], device=wanted.device, dtype=wanted.dtype))
+    damped = gain.square() + NORM_DAMPING * gain.square().mean()
+    return dense.input / size + gain * (wanted - dense.output) / damped
 
 
 def _refit_norm(norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: float) -> None:
@@ -182,9 +247,17 @@ def _refit_norm(norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: flo
 
 @dataclass(frozen=True)
 class _Dense:
-    """One batch in a dense block: what enters each group's producers; the stream after each group and the block."""
+    """One batch in a dense block.
+
+    Attributes:
+        inputs: What enters each group's producers.
+        norms: What the groups' joint norms and post-norms see, by their paths.
+        aims: The stream after each group.
+        after: The stream after the block.
+    """
 
     inputs: list[Tensor]
+    norms: dict[str, "_Seen"]
     aims: list[Tensor]
     after: Tensor
 
@@ -203,7 +276,7 @@ def _watching(block: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, _See
         def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             seen[path] = _Seen(inputs[0], output)
 
-        return linear(block, path).register_forward_hook(keep)
+        return block.get_submodule(path).register_forward_hook(keep)
 
     hooks = [watch(path) for path in paths]
     try:

@@ -1,11 +1,16 @@
 """Every family on a small random model in double precision, each with the features that its members have."""
 
 import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
     Gemma2Config,
@@ -27,9 +32,14 @@ from transformers import (
 
 from numprune.architectures import all_groups, decoder_blocks, linear
 from numprune.capture import capture
+from numprune.checkpoint import load_model, save_pruned
 from numprune.parity import slice_units, zero_units
+from numprune.plan import GroupPlan, PruningPlan, Source, make_plan
+from numprune.pruning import apply_plan, capture_to
 from numprune.ragged import LAYOUTS
-from tests.numprune.conftest import SIZES, random_model
+from numprune.recipe import RECIPES
+from numprune.statistics import Measured
+from tests.numprune.conftest import SIZES, choose, random_model
 
 _SMALL: dict[str, Any] = SIZES | {"vocab_size": 64, "num_hidden_layers": 2, "pad_token_id": None}
 _MULTI_HEAD = {"num_key_value_heads": 8}
@@ -78,9 +88,35 @@ def kept(model):
     return chosen
 
 
+INPUT_IDS = torch.randint(_SMALL["vocab_size"], (16, 24), generator=torch.Generator().manual_seed(1))
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
+SOURCE = Source("", None, "", "")
+PLAN = PruningPlan(SOURCE, {}, "0.5", 0.0, {"0.mlp": GroupPlan(40, (), 64, None, None)})
+
+
 @pytest.fixture
 def input_ids() -> torch.Tensor:
-    return torch.randint(_SMALL["vocab_size"], (6, 24), generator=torch.Generator().manual_seed(1))
+    return INPUT_IDS[:6]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pruned(request, tmp_path_factory):
+    """Folders of a dense model and of what the recipe `best` makes of it, and the pruned model as it was saved."""
+    folder = tmp_path_factory.mktemp(request.param)
+    random_model(CONFIGS[request.param]).save_pretrained(folder / "dense")
+    model = load_model(folder / "dense")
+    plan = prune(model, folder / "statistics", RECIPES["best"])
+    save_pruned(model, folder / "dense", folder / "pruned", plan, INPUT_IDS)
+    return folder, model
+
+
+def prune(model, statistics, recipe):
+    list(capture_to(statistics, model, INPUT_IDS, batch_size=8))
+    measured = Measured(statistics, INPUT_IDS, batch_size=8)
+    choice = choose(model, measured, 0.3, recipe)
+    plan = make_plan(all_groups(model), choice, "0.3", source=SOURCE, recipe=recipe)
+    list(apply_plan(model, plan, measured, recovery=recipe.recovery, damping=recipe.damping))
+    return plan
 
 
 def changed(change, model, kept):
@@ -96,6 +132,16 @@ def test_sliced_equals_zeroed(model, kept, input_ids):
     # Norms and softmax compute in single precision whatever the model's is.
     assert (smaller(input_ids).logits - expected).norm() < 1e-6 * expected.norm()
     assert (expected - model(input_ids).logits).norm() > 0.01 * expected.norm()
+
+
+@torch.no_grad()
+def test_absent_modules_add_nothing(model, kept, input_ids):
+    kept = kept | dict.fromkeys(("0.attention", "1.mlp"), torch.tensor([], dtype=torch.long))
+    smaller = changed(slice_units, model, kept)
+    expected = changed(zero_units, model, kept)(input_ids).logits
+    assert (smaller(input_ids).logits - expected).norm() < 1e-6 * expected.norm()
+    uncached = smaller.generate(input_ids, use_cache=False, **GREEDY)
+    assert torch.equal(smaller.generate(input_ids, **GREEDY), uncached)
 
 
 @torch.no_grad()
@@ -122,3 +168,60 @@ def test_block_by_block_equals_one_forward_pass(model, input_ids):
     for name, rows in expected.items():
         torch.testing.assert_close(moments[name].gram, rows.T @ rows, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(moments[name].mean, rows.mean(0), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_recipes_prune_every_family_and_recovery_brings_it_nearer(pruned, tmp_path):
+    folder, best = pruned
+    dense = load_model(folder / "dense")
+    expected = dense.get_decoder()(INPUT_IDS).last_hidden_state
+    errors = {}
+    for recovery in ("none", "least_squares"):
+        model = copy.deepcopy(dense)
+        plan = prune(model, tmp_path / recovery, replace(RECIPES["paper"], recovery=recovery))
+        assert (
+            sum(group.parameters for group in all_groups(model)) == plan.kept_parameters < 0.75 * plan.dense_parameters
+        )
+        errors[recovery] = (model.get_decoder()(INPUT_IDS).last_hidden_state - expected).norm()
+    errors["best"] = (best.get_decoder()(INPUT_IDS).last_hidden_state - expected).norm()
+    assert errors["best"] < errors["least_squares"] < errors["none"]
+
+
+@torch.no_grad()
+def test_a_saved_model_comes_back_and_generates_with_its_cache(pruned, input_ids):
+    folder, model = pruned
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits)
+    mask = torch.ones_like(input_ids)
+    mask[0, :5] = 0
+    expected = model.generate(input_ids, attention_mask=mask, use_cache=False, **GREEDY)
+    for cache in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(loaded.generate(input_ids, attention_mask=mask, **GREEDY, **cache), expected)
+
+
+@torch.no_grad()
+def test_every_family_loads_where_numprune_is_not_installed(tmp_path, input_ids):
+    """With whole modules gone, which the file beside the weights has to know too."""
+    expected = []
+    for name, config in CONFIGS.items():
+        model = random_model(config)
+        model.save_pretrained(tmp_path / name / "dense")
+        kept = {group.name: torch.arange(1 + group.units // 2 % group.units) for group in all_groups(model)}
+        slice_units(model, kept | dict.fromkeys(("0.mlp", "1.attention"), torch.tensor([], dtype=torch.long)))
+        save_pruned(model, tmp_path / name / "dense", tmp_path / name / "pruned", PLAN, INPUT_IDS)
+        expected.append(model(input_ids[:1]).logits[0, -1].tolist())
+    script = f"""
+import sys
+sys.modules["numprune"] = None  # Importing it fails, as if it were not there.
+import json
+import torch
+from transformers import AutoModelForCausalLM
+input_ids = torch.tensor({input_ids[:1].tolist()})
+for name in {list(CONFIGS)}:
+    model = AutoModelForCausalLM.from_pretrained(f"{tmp_path}/{{name}}/pruned", trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules")
+    print(json.dumps(model(input_ids).logits[0, -1].tolist()))
+"""
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    found = [json.loads(line) for line in printed.splitlines()]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
