@@ -32,12 +32,13 @@ from transformers import (
 
 from numprune.architectures import all_groups, decoder_blocks, linear
 from numprune.capture import capture
-from numprune.checkpoint import load_model, save_pruned
+from numprune.checkpoint import load_model
 from numprune.parity import slice_units, zero_units
 from numprune.plan import GroupPlan, PruningPlan, Source, make_plan
 from numprune.pruning import apply_plan, capture_to
 from numprune.ragged import LAYOUTS
 from numprune.recipe import RECIPES
+from numprune.saving import save_pruned
 from numprune.statistics import Measured
 from tests.numprune.conftest import SIZES, choose, random_model
 
