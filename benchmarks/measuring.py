@@ -14,7 +14,6 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from numprune.architectures import prunable_groups
 from numprune.budget import parse_budget
 from numprune.calibration import draw_samples, evaluation_windows
 from numprune.checkpoint import load_model, load_shapes
@@ -128,8 +127,7 @@ class Bench:
         matters["allocation"] = recipe.allocation == "loss_aware"
         key = repr(matters)
         if key not in self._rankings:
-            blocks = map(self._measured.block, range(len(prunable_groups(self.model))))
-            self._rankings[key] = dict(rank_model(self.model, blocks, recipe, self._measured, ratio=0.5))
+            self._rankings[key] = dict(rank_model(self.model, recipe, self._measured, ratio=0.5))
         return self._rankings[key]
 
     def _perplexity(self, model: PreTrainedModel) -> float:

@@ -148,6 +148,13 @@ def after_blocks(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in modules if module is not None]
 
 
+def decoder_output(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """What the decoder makes of the hidden states after its last block."""
+    for module in after_blocks(model):
+        states = module(states)
+    return states
+
+
 @torch.no_grad()
 def logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """What a model makes of the output of its decoder, as in its own forward pass: scale and soft cap included.

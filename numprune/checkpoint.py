@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,11 +23,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from numprune.architectures import check_supported
+from numprune.architectures import check_supported, decoder_blocks
 from numprune.errors import NumpruneError
+from numprune.memory import free_memory
+from numprune.shards import INDEX, SINGLE
+from numprune.streaming import StoredTensors, store
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
 PLAN_FILE = "pruning_plan.json"
@@ -99,6 +103,93 @@ def load_model(
     return on_device.eval()
 
 
+def open_model(folder: Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Opens a causal language model whose decoder blocks are read one at a time, see `numprune.streaming`.
+
+    Embeddings, last norm and head are in memory. Weights are checked to be finite when they are read. Families whose
+    checkpoints name or type tensors otherwise than their modules do are loaded as a whole.
+
+    Args:
+        folder: With `config.json` and safetensors weights.
+        dtype: To compute in; `auto` keeps the checkpoint's.
+
+    Raises:
+        NumpruneError: As `load_model`.
+    """
+    config = load_config(folder)
+    check_supported(config)
+    where = {key: file for file in weight_files(folder) for key in _shapes(file)}
+    precision = dtype if isinstance(dtype, torch.dtype) else _dtype(config) or _first_dtype(where)
+    with _parameters_on_meta():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=precision, trust_remote_code=False)
+    blocks = decoder_blocks(model)
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    state = model.state_dict()
+    in_blocks = {name for name in state if name.startswith(f"{prefix}.")}
+    shapes = {key: shape for file in set(where.values()) for key, shape in _shapes(file).items()}
+    as_named = all(shapes.get(name) == list(state[name].shape) for name in in_blocks)
+    if not as_named or getattr(model, "_keep_in_fp32_modules", None):
+        return load_model(folder, dtype=dtype)
+    outside = {name: (where[name], name) for name in state.keys() & where.keys() - in_blocks}
+    model.load_state_dict(StoredTensors(outside, precision).read(), strict=False, assign=True)
+    model.tie_weights()
+    lacking = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in in_blocks)
+    if lacking:
+        raise NumpruneError(f"{folder}: the weights lack {', '.join(lacking[:5])}.")
+    for index, block in enumerate(blocks):
+        names = block.state_dict()
+        store(block, {name: (where[f"{prefix}.{index}.{name}"], f"{prefix}.{index}.{name}") for name in names})
+    opened: PreTrainedModel = model.eval()
+    return opened
+
+
+def load_or_open(folder: Path, *, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    """The model of a folder, on the device as a whole if it takes at most half of what is free there, else opened.
+
+    Raises:
+        NumpruneError: As `load_model`.
+    """
+    size = weight_bytes(folder)
+    if isinstance(dtype, torch.dtype):
+        stored = _dtype(load_config(folder)) or dtype
+        size = size * dtype.itemsize // stored.itemsize
+    if size <= free_memory(device) / 2:
+        return load_model(folder, dtype=dtype, device=device)
+    return open_model(folder, dtype=dtype)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Makes modules whose parameters cost nothing, but whose buffers are there: no file holds all of them."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    with safe_open(file, "pt") as opened:
+        return {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118 - No dictionary.
+
+
+def _dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else None
+
+
+def _first_dtype(where: Mapping[str, Path]) -> torch.dtype:
+    key, file = next(iter(where.items()))
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(key).dtype
+
+
 def load_shapes(folder: Path) -> PreTrainedModel:
     """The model of a folder without its weights, on the meta device: shapes cost no memory."""
     with torch.device("meta"):
@@ -116,21 +207,21 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         NumpruneError: If one is missing or truncated, or there are only pickles.
     """
-    if (folder / _INDEX).exists():
+    if (folder / INDEX).exists():
         try:
-            shards = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+            shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         except (json.JSONDecodeError, KeyError, AttributeError):
-            raise NumpruneError(f"{folder / _INDEX} is damaged: fetch the checkpoint again.") from None
+            raise NumpruneError(f"{folder / INDEX} is damaged: fetch the checkpoint again.") from None
         files = [folder / Path(name).name for name in sorted(set(shards))]
-    elif (folder / _SINGLE).exists():
-        files = [folder / _SINGLE]
+    elif (folder / SINGLE).exists():
+        files = [folder / SINGLE]
     elif any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise NumpruneError(
             f"{folder} holds its weights only as pickles, which can run code when opened. Convert it once with "
             "`model.save_pretrained(folder)` from a source you trust."
         )
     else:
-        raise NumpruneError(f"{folder} holds no weights: {_SINGLE} or {_INDEX} is missing.")
+        raise NumpruneError(f"{folder} holds no weights: {SINGLE} or {INDEX} is missing.")
     for file in files:
         try:
             with safe_open(file, "pt"):

@@ -5,8 +5,11 @@ one layer's units are worth depends on what is left of the others.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -20,61 +23,122 @@ from numprune.compensation import compensate
 from numprune.cutting import cut, twin
 from numprune.plan import Choice
 from numprune.progress import Watch, silent
-from numprune.ranking import Ranking, Selection, rank
+from numprune.ranking import Ranking, Selection, load_rankings, rank, save_rankings
+from numprune.ranks import is_first
 from numprune.recipe import Recipe
+from numprune.resume import writing
 from numprune.sensitivity import LossProbe, rise_curve
-from numprune.statistics import BlockStatistics, Measured
+from numprune.statistics import Measured
+from numprune.streaming import visit
 
 # Shares of a group's units after whose removal the rise of the loss is measured; between them it is interpolated.
 _PROBED = (0.3, 0.7)
+# Blocks whose trials go through the blocks behind them together: what is read falls, what is remembered grows with it.
+_BLOCKS_TOGETHER = 8
 
 
 @torch.no_grad()
 def rank_model(
     model: PreTrainedModel,
-    statistics: Iterable[BlockStatistics],
     recipe: Recipe,
     measured: Measured,
     *,
     ratio: float | None = None,
+    work: Path | None = None,
 ) -> Iterator[tuple[str, Ranking]]:
     """Ranks the units of every group; yields the group's name and its ranking.
 
     Args:
-        model: The model; for `loss_aware` it is moved to the device as a whole.
-        statistics: Of its blocks, in order.
+        model: The model.
         recipe: Its selection, and whether its allocation needs the rises of the model's loss.
-        measured: Its first `planning_samples` token sequences are what rises are measured on.
+        measured: Of the model; its first `planning_samples` token sequences are what rises are measured on.
         ratio: Share that is to go; needed for the selection `box`, which alone depends on it.
+        work: Folder that remembers rankings, so that those it holds already are not made again.
     """
-    loss_aware = recipe.allocation == "loss_aware"
+    blocks = decoder_blocks(model)
+    done = _Remembered(work)
+    for of_blocks in done.rankings():
+        yield from of_blocks.items()
+    first = _BLOCKS_TOGETHER * done.count
     place = measured.device or model.device
     probe = None
-    if loss_aware:
-        nn.Module.to(model, place)
-        probe = LossProbe(model, measured.input_ids[: recipe.planning_samples], batch_size=measured.batch_size)
-    for block, groups, of_block in zip(decoder_blocks(model), prunable_groups(model), statistics, strict=True):
-        for group in groups:
+    if recipe.allocation == "loss_aware" and first < len(blocks):
+        tokens = measured.input_ids[: recipe.planning_samples]
+        if work:
+            work.mkdir(parents=True, exist_ok=True)
+        probe = LossProbe(model, tokens, batch_size=measured.batch_size, device=place, first=first, folder=work)
+    for start in range(first, len(blocks), _BLOCKS_TOGETHER):
+        rankings = _rank_together(model, start, recipe, measured, ratio=ratio, probe=probe)
+        done.remember(rankings)
+        yield from rankings.items()
+
+
+def _rank_together(
+    model: PreTrainedModel,
+    start: int,
+    recipe: Recipe,
+    measured: Measured,
+    *,
+    ratio: float | None,
+    probe: LossProbe | None,
+) -> dict[str, Ranking]:
+    """Ranks the groups of a few blocks; the trials that branch off there share one pass through those behind."""
+    rankings: dict[str, Ranking] = {}
+    groups, blocks = prunable_groups(model), decoder_blocks(model)
+    end = min(start + _BLOCKS_TOGETHER, len(blocks))
+    last = len(blocks) if probe else end
+    for index, block in visit(blocks[:last], measured.device or model.device, first=start):
+        if probe:
+            probe.follow(index, block)
+        if index >= end:
+            continue
+        of_block = measured.block(index)
+        for group in groups[index]:
             layer, moments = linear(block, group.consumer), of_block.moments[group.name]
+            moments = moments.to(layer.weight.device)
             damping = moments.damping(recipe.damping)
-            ranking = rank(
+            rankings[group.name] = rank(
                 group,
                 moments,
-                layer.weight.to(place),
+                layer.weight,
                 selection=recipe.selection,
                 ratio=ratio,
                 penalty=recipe.penalty,
                 damping=damping,
                 seed=recipe.seed,
-                with_losses=loss_aware,
+                with_losses=probe is not None,
             )
             if probe:
-                ranking = _with_rises(
-                    ranking, probe, group, layer, moments.gram, damping=damping, depth=recipe.shapes.depth
-                )
-            yield group.name, ranking
+                order, depth = rankings[group.name].order, recipe.shapes.depth
+                for count, weight in _trials(group, order, layer, moments.gram, damping=damping, depth=depth):
+                    probe.branch((group.name, count), index, block, layer, weight)
         if probe:
-            probe.advance()
+            probe.advance(index, block)
+    return _with_rises(rankings, probe.rises()) if probe else rankings
+
+
+class _Remembered:
+    """Rankings of some blocks each, in files of a folder; nothing is remembered without one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self.count = 0
+
+    def rankings(self) -> Iterator[dict[str, Ranking]]:
+        """Those that are there."""
+        while (path := self._path()) and path.exists():
+            self.count += 1
+            yield load_rankings(path)
+
+    def remember(self, rankings: Mapping[str, Ranking]) -> None:
+        """Adds the next."""
+        if (path := self._path()) and is_first():
+            with writing(path.parent):
+                save_rankings(rankings, path)
+        self.count += 1
+
+    def _path(self) -> Path | None:
+        return self._folder and self._folder / f"rankings-{self.count:03d}.safetensors"
 
 
 def choose_units(
@@ -104,7 +168,7 @@ def choose_units(
     search = _Search(model, recipe, costs, measured, watch)
     for step in range(1, recipe.steps + 1):
         prefix = f"step {step} of {recipe.steps} " if recipe.steps > 1 else ""
-        search.advance(amount * step / recipe.steps, rankings, prefix)
+        search.advance(amount * step / recipe.steps, rankings, prefix, step)
         rankings = None
     return search.choice()
 
@@ -122,10 +186,11 @@ class _Search:
         self._highest_removed: dict[str, float | None] = dict.fromkeys(self._kept)
         self._threshold = -math.inf
 
-    def advance(self, amount: float, rankings: Mapping[str, Ranking] | None, prefix: str) -> None:
+    def advance(self, amount: float, rankings: Mapping[str, Ranking] | None, prefix: str, step: int) -> None:
         """Removes units until so much of the dense model's cost is gone."""
         fresh = all(len(self._kept[group.name]) == group.units for group in self._dense)
-        model = self._model if fresh else self._cut_so_far(prefix)
+        work = self._planning.work and self._planning.work / f"step-{step}"
+        model = self._model if fresh else self._cut_so_far(prefix, work)
         groups = _groups(model)
         left = self._cost(groups)
         amount -= self._cost(self._dense) - left
@@ -133,7 +198,7 @@ class _Search:
             return
         ratio = amount / left
         if rankings is None:
-            rankings = self._rank(model, ratio, prefix)
+            rankings = self._rank(model, ratio, prefix, work)
         if self._recipe.allocation == "literal":
             allocated = allocate_literally(groups, _masks(rankings, ratio, self._recipe.selection), ratio)
         else:
@@ -153,22 +218,27 @@ class _Search:
     def _cost(self, groups: Sequence[PrunableGroup]) -> float:
         return sum(group.units * self._costs.unit[group.name] for group in groups)
 
-    def _cut_so_far(self, prefix: str) -> PreTrainedModel:
+    def _cut_so_far(self, prefix: str, work: Path | None) -> PreTrainedModel:
         model = twin(self._model)
         recipe = self._recipe
-        blocks = cut(model, self._kept, self._planning, recovery=recipe.recovery, damping=recipe.damping)
+        blocks = cut(model, self._kept, self._planning, recovery=recipe.recovery, damping=recipe.damping, work=work)
         for _ in self._watch(blocks, len(decoder_blocks(model)), f"{prefix}recover"):
             pass
         return model
 
-    def _rank(self, model: PreTrainedModel, ratio: float, prefix: str) -> dict[str, Ranking]:
+    def _rank(self, model: PreTrainedModel, ratio: float, prefix: str, work: Path | None) -> dict[str, Ranking]:
         planning = self._planning
-        if model is self._model:
-            statistics: Iterable[BlockStatistics] = map(planning.block, range(len(decoder_blocks(model))))
-        else:
-            statistics = capture(model, planning.input_ids, batch_size=planning.batch_size, device=planning.device)
-        ranked = rank_model(model, statistics, self._recipe, planning, ratio=ratio)
-        return dict(self._watch(ranked, len(_groups(model)), f"{prefix}rank"))
+        with ExitStack() as stack:
+            if model is not self._model:
+                folder = work or Path(stack.enter_context(TemporaryDirectory()))
+                planning = replace(planning, statistics=folder)
+                captured = capture(
+                    model, planning.input_ids, batch_size=planning.batch_size, device=planning.device, work=work
+                )
+                for statistics in self._watch(captured, len(decoder_blocks(model)), f"{prefix}capture"):
+                    statistics.save(folder)
+            ranked = rank_model(model, self._recipe, planning, ratio=ratio, work=work)
+            return dict(self._watch(ranked, len(_groups(model)), f"{prefix}rank"))
 
     def _remove(self, allocated: Allocated, rankings: Mapping[str, Ranking]) -> None:
         self._threshold = max(self._threshold, allocated.threshold)
@@ -194,29 +264,29 @@ def _masks(rankings: Mapping[str, Ranking], ratio: float, selection: Selection) 
     return {name: 1 - ratio * (1 - ranking.scores) for name, ranking in rankings.items()}
 
 
-def _with_rises(
-    ranking: Ranking,
-    probe: LossProbe,
-    group: PrunableGroup,
-    layer: nn.Linear,
-    gram: Tensor,
-    *,
-    damping: float,
-    depth: bool,
-) -> Ranking:
-    """Adds the curve of the model's loss, measured with the group's consumer cut and compensated at a few counts."""
-    assert ranking.losses is not None
+def _trials(
+    group: PrunableGroup, order: Tensor, layer: nn.Linear, gram: Tensor, *, damping: float, depth: bool
+) -> Iterator[tuple[int, Tensor]]:
+    """The consumer's weight, cut and compensated, with a few counts of its units gone."""
     counts = {min(max(1, round(share * group.units)), group.units - 1) for share in _PROBED} - {0}
     if depth:
         counts.add(group.units)
-    measured = {}
-    for count in counts:
-        columns = channel_indices(ranking.order[count:].sort().values, group.channels).to(layer.weight.device)
+    for count in sorted(counts):
+        columns = channel_indices(order[count:].sort().values, group.channels).to(layer.weight.device)
         weight = torch.zeros_like(layer.weight)
         if len(columns):
             subject = f"G_KK of {group.name}"
             weight[:, columns] = compensate(gram, layer.weight, columns, damping, subject=subject)
-        measured[count] = probe.rise(layer, weight)
-    # One unit that must stay: there is nothing to decide, nor to measure.
-    rises = rise_curve(ranking.losses, measured) if measured else torch.zeros_like(ranking.losses)
-    return replace(ranking, rises=rises)
+        yield count, weight
+
+
+def _with_rises(rankings: Mapping[str, Ranking], measured: Mapping[tuple[str, int], float]) -> dict[str, Ranking]:
+    """Adds the curve of the model's loss, from its rises by group and count of removed units."""
+    curves = {}
+    for name, ranking in rankings.items():
+        assert ranking.losses is not None
+        of_group = {count: rise for (group, count), rise in measured.items() if group == name}
+        # One unit that must stay: there is nothing to decide, nor to measure.
+        rises = rise_curve(ranking.losses, of_group) if of_group else torch.zeros_like(ranking.losses)
+        curves[name] = replace(ranking, rises=rises)
+    return curves

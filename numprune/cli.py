@@ -5,7 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import wraps
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -21,7 +21,16 @@ from transformers.utils import logging as transformers_logging
 from numprune.architectures import KINDS, all_groups, check_supported, decoder_blocks, prunable_groups
 from numprune.budget import linear_costs, readable
 from numprune.calibration import check_data, draw_samples, evaluation_windows
-from numprune.checkpoint import check_output, fetch, load_config, load_model, load_shapes, weight_bytes
+from numprune.checkpoint import (
+    check_output,
+    fetch,
+    load_config,
+    load_model,
+    load_or_open,
+    load_shapes,
+    open_model,
+    weight_bytes,
+)
 from numprune.checkpoint import fingerprint as model_fingerprint
 from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
@@ -32,6 +41,8 @@ from numprune.plan import PruningPlan, Source, make_plan
 from numprune.planning import choose_within
 from numprune.progress import track
 from numprune.pruning import apply_plan, capture_to
+from numprune.ranks import is_first, meet
+from numprune.resume import unfinished
 from numprune.samples import fingerprint
 from numprune.saving import save_pruned
 from numprune.statistics import Measured
@@ -65,14 +76,15 @@ def prune(
         numprune prune meta-llama/Llama-3.1-8B --size 8GB --calibration text.txt --output out/
     """
     check_output(output, _needed_bytes(job.folder))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, because system folders for temporary files are often too small for Gram matrices.
-    with tempfile.TemporaryDirectory(prefix=".numprune-", dir=output.parent) as statistics:
-        dense, plan, measured = _plan(job, Path(statistics))
-        blocks = apply_plan(dense, plan, measured, recovery=job.settings.recovery, damping=job.settings.damping)
-        for _ in track(blocks, len(decoder_blocks(dense)), "compensate"):
+    with unfinished(output, **_depends_on(job)) as work:
+        dense, plan, measured = _plan(job, work)
+        recipe, blocks = job.settings, len(decoder_blocks(dense))
+        applied = apply_plan(dense, plan, measured, recovery=recipe.recovery, damping=recipe.damping, work=work)
+        for _ in track(applied, blocks, "compensate"):
             pass
-    form = save_pruned(dense, job.folder, output, plan, measured.input_ids)
+        form = save_pruned(dense, job.folder, output, plan, measured.input_ids)
+    if not is_first():
+        return
     before, after = weight_bytes(job.folder), weight_bytes(output)
     typer.echo(f"{plan.achieved_ratio:.2%} of {plan.dense_parameters:,} attention and MLP parameters are gone.")
     typer.echo(f"Weights: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB in {output}")
@@ -94,8 +106,8 @@ def show_plan(
         numprune plan models/reference-llama --ratio 0.5 --calibration text.txt
     """
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="numprune-") as statistics:
-        dense, plan, measured = _plan(job, Path(statistics))
+    with tempfile.TemporaryDirectory(prefix="numprune-") as work:
+        dense, plan, measured = _plan(job, Path(work))
         seconds = time.monotonic() - start
         # What recovery takes follows from the time of its first block.
         blocks = apply_plan(twin(dense), plan, measured, recovery=job.settings.recovery, damping=job.settings.damping)
@@ -138,9 +150,11 @@ def measure_perplexity(
     check_supported(load_config(folder))
     windows, text_bytes = evaluation_windows(data, str(folder), length=length, max_tokens=max_tokens)
     place = resolve_device(device)
-    loaded = load_model(folder, dtype=working_dtype(place), device=place)
+    loaded = load_or_open(folder, dtype=working_dtype(place), device=place)
     batches = -(-len(windows) // batch_size)
-    losses = torch.cat(list(track(window_losses(loaded, windows, batch_size=batch_size), batches, "perplexity")))
+    losses = torch.cat(
+        list(track(window_losses(loaded, windows, batch_size=batch_size, device=place), batches, "perplexity"))
+    )
     result = perplexity(losses, windows.shape[1], text_bytes)
     protocol = {
         "model": model,
@@ -169,20 +183,32 @@ def _needed_bytes(folder: Path) -> int:
     return grams + weight_bytes(folder)
 
 
-def _plan(job: Job, statistics: Path) -> tuple[PreTrainedModel, PruningPlan, Measured]:
+def _depends_on(job: Job) -> dict[str, Any]:
+    """What decides the result of `numprune prune`."""
+    return {field.name: getattr(job, field.name) for field in fields(job)} | {"files": job.folder}
+
+
+def _plan(job: Job, work: Path) -> tuple[PreTrainedModel, PruningPlan, Measured]:
     """Captures, ranks and plans; returns the dense model, the plan and what it draws on."""
     input_ids = draw_samples(job.calibration, str(job.folder), samples=job.samples, length=job.length, seed=job.seed)
-    dense = load_model(job.folder, dtype=working_dtype(job.place))
+    dense = open_model(job.folder, dtype=working_dtype(job.place))
     groups = all_groups(dense)
-    measured = Measured(statistics, input_ids, job.batch_size, job.place)
-    captured = capture_to(statistics, dense, input_ids, batch_size=job.batch_size, device=job.place)
+    measured = Measured(work / "statistics", input_ids, job.batch_size, job.place, work)
+    captured = capture_to(measured.statistics, dense, input_ids, batch_size=job.batch_size, device=job.place, work=work)
     for _ in track(captured, len(decoder_blocks(dense)), "capture"):
         pass
+    # A plan is made once: what a measured latency asks for changes from one time to the next.
+    path = work / "plan.json"
+    if path.exists():
+        return dense, PruningPlan.load(path), measured
     timed = job.budget.kind == "latency"
     stored = load_model(job.folder, device=job.place) if timed else load_shapes(job.folder)
     choice = choose_within(job.budget, dense, stored, job.settings, measured, watch=track)
     source = Source(job.model, job.revision, model_fingerprint(job.folder), fingerprint(input_ids))
     plan = make_plan(groups, choice, str(job.budget), source=source, recipe=job.settings)
+    if is_first():
+        plan.save(path)
+    meet()
     return dense, plan, measured
 
 

@@ -1,16 +1,24 @@
 """Cutting a model down to the units that stay, and recovering what it knew."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from numprune.architectures import decoder_blocks, prunable_groups
+from numprune.architectures import PrunableGroup, decoder_blocks, linear, prunable_groups
+from numprune.capture import is_out_of_memory
+from numprune.files import replace_on_success
+from numprune.ranks import is_first, meet
 from numprune.recovery import Recovery, Streams
+from numprune.resume import Saved, writing
 from numprune.slicing import Compensation, slice_block
 from numprune.statistics import Damping, Measured
+from numprune.streaming import forget, store, visit
 
 _COMPENSATIONS: Mapping[Recovery, Compensation] = {"none": "none", "bias": "bias"}
 
@@ -28,6 +36,7 @@ def cut(
     *,
     recovery: Recovery,
     damping: Damping = 0.0,
+    work: Path | None = None,
 ) -> Iterator[int]:
     """Slices a dense model block by block, putting new blocks in; yields each block's index when it is done.
 
@@ -39,28 +48,89 @@ def cut(
             paper's compensation, each projection by itself), `sequential` (each makes up for what went wrong before
             it) or `refit` (sequential, and the producers and the last norm are refitted as well).
         damping: Of the compensation.
+        work: Folder that new blocks are written to, which are then read when their turn comes; by default they stay in
+            memory. Blocks that it holds already are not made again.
 
     Raises:
         ValueError: If the recovery needs what was not given.
+        NumpruneError: If memory does not suffice for one sample, or the folder cannot be written.
     """
     if measured is None and recovery != "none":
         raise ValueError(f"recovery {recovery!r} needs measured, got None")
     home = model.device
     place = torch.device((measured and measured.device) or home)
-    streams = None
+    blocks, groups = decoder_blocks(model), prunable_groups(model)
+    first = _made(work, len(blocks))
+    streams, saved = None, Saved(work, "streams")
     if measured and recovery in {"sequential", "refit"}:
-        streams = Streams(model, measured.input_ids, batch_size=measured.batch_size, device=place)
+        streams = Streams(model, measured.input_ids, batch_size=measured.batch_size, device=place, work=work)
+        first = streams.resume(saved, most=first)
     compensation = _COMPENSATIONS.get(recovery, "least_squares")
-    blocks = decoder_blocks(model)
-    for index, groups in enumerate(prunable_groups(model)):
-        stays = {group.name: kept[group.name].to(place) for group in groups}
-        dense = blocks[index].to(place)
-        pruned = deepcopy(dense)
-        moments = measured.block(index).moments if measured and compensation != "none" else None
-        slice_block(pruned, groups, stays, compensation=compensation, moments=moments, damping=damping)
+    for index in range(first):
+        assert work is not None
+        blocks[index] = _restored(blocks[index], groups[index], kept, _path(work, index))
+        yield index
+    for index, dense in visit(blocks, place, first=first):
         if streams:
-            streams.recover(dense, pruned, groups, stays, refit=recovery == "refit")
-        blocks[index] = pruned.to(home)
+            streams.save(saved)
+        stays = {group.name: kept[group.name].to(place) for group in groups[index]}
+        moments = measured.block(index).moments if measured and compensation != "none" else None
+        pruned = None
+        while pruned is None:
+            pruned = _copy(dense)
+            slice_block(pruned, groups[index], stays, compensation=compensation, moments=moments, damping=damping)
+            if streams:
+                try:
+                    streams.recover(dense, pruned, groups[index], stays, refit=recovery == "refit")
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    pruned = None
+            if pruned is None and streams:
+                streams.halve()
+        blocks[index] = pruned.to(home) if work is None else _written(pruned, _path(work, index))
         yield index
     if streams and recovery == "refit":
         streams.refit_last_norm(model)
+
+
+def _copy(block: nn.Module) -> nn.Module:
+    """A block with modules of its own and the same tensors, to be sliced."""
+    copied = deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
+    forget(copied)
+    return copied
+
+
+def _path(work: Path, index: int) -> Path:
+    return work / f"pruned-{index:03d}.safetensors"
+
+
+def _made(work: Path | None, blocks: int) -> int:
+    """How many blocks a work folder holds."""
+    if work is None:
+        return 0
+    return next((index for index in range(blocks) if not _path(work, index).exists()), blocks)
+
+
+def _written(block: nn.Module, path: Path) -> nn.Module:
+    if is_first():
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in block.state_dict().items()}
+        with writing(path.parent), replace_on_success(path) as temporary:
+            save_file(tensors, temporary)
+    meet()
+    store(block, {name: (path, name) for name in block.state_dict()})
+    return block
+
+
+def _restored(dense: nn.Module, groups: Sequence[PrunableGroup], kept: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """A block that was cut before: the dense one's modules in the shapes of what is stored."""
+    pruned = _copy(dense)
+    slice_block(pruned, groups, kept)
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+    for name in names - pruned.state_dict().keys():  # Biases that recovery added.
+        owner, _, parameter = name.rpartition(".")
+        layer = linear(pruned, owner)
+        setattr(layer, parameter, nn.Parameter(torch.empty_like(layer.weight[:, 0]), requires_grad=False))
+    store(pruned, {name: (path, name) for name in names})
+    return pruned

@@ -7,15 +7,16 @@ added in front. The perplexity is exp of the mean negative log-likelihood of all
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from numprune.architectures import logits
+from numprune.architectures import decoder_blocks, decoder_output, logits
+from numprune.capture import enter
 from numprune.errors import NumpruneError
+from numprune.streaming import is_streamed, outside_to, visit
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,24 @@ def window_losses(
         model: A causal language model.
         windows: (windows, length) token ids.
         batch_size: Windows that go through the model together.
-        device: Where to compute; the model is moved there.
+        device: Where to compute; by default where the model is.
     """
     model.eval()
-    if device is not None:
-        nn.Module.to(model, device)
-    decoder: Any = model.get_decoder()
-    for batch in windows.split(batch_size):
-        input_ids = batch.to(model.device)
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        # One window at a time: with a large vocabulary the logits of a batch outweigh everything else.
-        windows_of_batch = zip(hidden[:, :-1].split(1), input_ids[:, 1:], strict=True)
-        losses = [_loss(logits(model, states)[0], targets) for states, targets in windows_of_batch]
-        yield torch.stack(losses).cpu()
+    blocks = decoder_blocks(model)
+    place = torch.device(device or model.device)
+    outside_to(model, place)
+    # A model that is read block by block takes all windows through each block; one in memory, a batch through all.
+    for together in windows.split(len(windows) if is_streamed(blocks) else batch_size):
+        hidden, arguments = enter(model, together.split(batch_size), place)
+        for index, block in visit(blocks, place):
+            for batch, states in enumerate(hidden):
+                hidden[batch] = arguments.through(index, block, states)
+        for input_ids, states in zip(together.to(place).split(batch_size), hidden, strict=True):
+            output = decoder_output(model, states)
+            # One window at a time: with a large vocabulary the logits of a batch outweigh everything else.
+            windows_of_batch = zip(output[:, :-1].split(1), input_ids[:, 1:], strict=True)
+            losses = [_loss(logits(model, window)[0], targets) for window, targets in windows_of_batch]
+            yield torch.stack(losses).cpu()
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:

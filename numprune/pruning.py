@@ -26,10 +26,14 @@ def capture_to(
     *,
     batch_size: int,
     device: torch.device | str | None = None,
+    work: Path | None = None,
 ) -> Iterator[int]:
-    """Writes each block's statistics into a folder; yields the block's index when its file is there."""
+    """Writes each block's statistics into a folder; yields the block's index when its file is there.
+
+    With a work folder, files that are there are not made again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for statistics in capture(model, input_ids, batch_size=batch_size, device=device):
+    for statistics in capture(model, input_ids, batch_size=batch_size, device=device, work=work):
         statistics.save(folder)
         yield statistics.block
 
@@ -42,6 +46,7 @@ def apply_plan(
     *,
     recovery: Recovery = "least_squares",
     damping: Damping = 0.0,
+    work: Path | None = None,
 ) -> Iterator[int]:
     """Cuts a dense model by a plan, in place, block by block; yields each block's index when it is done.
 
@@ -51,13 +56,14 @@ def apply_plan(
         measured: What recovery draws on; needed unless it is `none`.
         recovery: See `numprune.cutting.cut`.
         damping: Of the compensation.
+        work: Folder that the new blocks are written to, see `numprune.cutting.cut`.
 
     Raises:
         NumpruneError: If the plan was made for another model, or the tensors that come out are not those it says.
     """
     plan.check_fits(group for groups in prunable_groups(model) for group in groups)
     kept = {name: plan.kept(name) for name in plan.groups}
-    yield from cut(model, kept, measured, recovery=recovery, damping=damping)
+    yield from cut(model, kept, measured, recovery=recovery, damping=damping, work=work)
     remaining = prunable_parameters(model)
     if remaining != plan.kept_parameters:
         raise NumpruneError(

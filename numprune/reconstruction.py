@@ -5,20 +5,25 @@ tokens of ||h' - h||^2 / ||h||^2. Every token counts the same: a sum over tokens
 states are a hundred times as large as all others'.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune.architectures import after_blocks, decoder_blocks
+from numprune.capture import enter
+from numprune.streaming import outside_to, visit
 
 
 @torch.no_grad()
 def hidden_state_errors(
-    dense: PreTrainedModel, pruned: Mapping[str, PreTrainedModel], input_ids: Tensor, *, batch_size: int = 1
+    dense: PreTrainedModel,
+    pruned: Mapping[str, PreTrainedModel],
+    input_ids: Tensor,
+    *,
+    batch_size: int = 1,
+    device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Compares the hidden states of pruned models with the dense model's on the same tokens.
 
@@ -26,9 +31,10 @@ def hidden_state_errors(
 
     Args:
         dense: The dense model.
-        pruned: Models made of it, by a name; on its device.
+        pruned: Models made of it, by a name.
         input_ids: (samples, length) token ids.
-        batch_size: Samples that are computed together; the hidden states of all blocks are held for them.
+        batch_size: Samples that go through a block together.
+        device: Where to compute; by default where the dense model is.
 
     Returns:
         (blocks + 1,) float64 by the model's name: the mean relative squared error after every block and, last, after
@@ -37,34 +43,29 @@ def hidden_state_errors(
     Raises:
         NumpruneError: If the architecture is not supported.
     """
-    sums = {name: torch.zeros(len(decoder_blocks(dense)) + 1, dtype=torch.float64) for name in pruned}
-    for batch in input_ids.split(batch_size):
-        expected = _hidden_states(dense, batch)
-        for name, model in pruned.items():
-            for index, (found, wanted) in enumerate(zip(_hidden_states(model, batch), expected, strict=True)):
-                exact = wanted.double()
-                error = (found.double() - exact).square().sum(dim=-1) / exact.square().sum(dim=-1)
-                sums[name][index] += error.sum().cpu()
-    return {name: total / input_ids.numel() for name, total in sums.items()}
+    place = torch.device(device or dense.device)
+    models: dict[str | None, PreTrainedModel] = {None: dense} | dict(pruned.items())
+    for model in models.values():
+        outside_to(model, place)
+    norms = {name: after_blocks(model)[0] for name, model in models.items()}
+    entered = {name: enter(model, input_ids.split(batch_size), place) for name, model in models.items()}
+    sums = {name: torch.zeros(len(decoder_blocks(dense)) + 1, dtype=torch.float64, device=place) for name in pruned}
+    # All models side by side, so that the hidden states of one block at a time are held.
+    for together in zip(*(visit(decoder_blocks(model), place) for model in models.values()), strict=True):
+        for (index, block), (hidden, arguments) in zip(together, entered.values(), strict=True):
+            for batch, states in enumerate(hidden):
+                hidden[batch] = arguments.through(index, block, states)
+        for name in pruned:
+            sums[name][index] = _error(entered[name][0], entered[None][0])
+    for name in pruned:
+        sums[name][-1] = _error(map(norms[name], entered[name][0]), map(norms[None], entered[None][0]))
+    return {name: total.cpu() / input_ids.numel() for name, total in sums.items()}
 
 
-def _hidden_states(model: PreTrainedModel, input_ids: Tensor) -> list[Tensor]:
-    decoder: Any = model.get_decoder()
-    with _outputs([*decoder_blocks(model), after_blocks(model)[0]]) as seen:
-        decoder(input_ids=input_ids.to(model.device), use_cache=False)
-    return seen
-
-
-@contextmanager
-def _outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        seen.append(output)
-
-    hooks = [module.register_forward_hook(keep) for module in modules]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> Tensor:
+    """The relative squared error, summed over tokens."""
+    errors = []
+    for ours, wanted in zip(found, expected, strict=True):
+        exact = wanted.double()
+        errors.append(((ours.double() - exact).square().sum(dim=-1) / exact.square().sum(dim=-1)).sum())
+    return torch.stack(errors).sum()

@@ -33,6 +33,7 @@ one's does on the channels that stay.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,10 @@ from transformers import PreTrainedModel
 from numprune.architectures import PrunableGroup, after_blocks, channel_indices, layout_of, linear
 from numprune.capture import enter
 from numprune.cholesky import damped_cholesky
+from numprune.memory import HiddenStates
+from numprune.ranks import add_up, own_share
+from numprune.resume import Saved
+from numprune.statistics import product
 
 Recovery = Literal["none", "bias", "least_squares", "sequential", "refit"]
 
@@ -59,21 +64,29 @@ class _Regression:
         self.cross = torch.zeros(targets, inputs, dtype=torch.float64, device=device)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        rows, wanted = inputs.flatten(0, -2).float(), targets.flatten(0, -2).float()
-        self.gram += rows.T @ rows
-        self.cross += wanted.T @ rows
+        rows, wanted = inputs.flatten(0, -2), targets.flatten(0, -2)
+        self.gram += product(rows, rows)
+        self.cross += product(wanted, rows)
 
     def factor(self, ridge: float, subject: str) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of the damped Gram matrix, and gamma."""
+        """The Cholesky factor of the damped Gram matrix of all ranks, and gamma; what is added later is lost."""
+        add_up(self.gram, self.cross)
         gamma = ridge * self.gram.diagonal().mean()
-        return damped_cholesky(self.gram.clone(), ridge, subject=subject)[0], gamma
+        return damped_cholesky(self.gram, ridge, subject=subject)[0], gamma
 
 
 class Streams:
     """The hidden states of all calibration samples in the dense and in the pruned model, before the same block."""
 
     def __init__(
-        self, model: PreTrainedModel, input_ids: Tensor, *, batch_size: int, device: torch.device, ridge: float = RIDGE
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        batch_size: int,
+        device: torch.device,
+        ridge: float = RIDGE,
+        work: Path | None = None,
     ) -> None:
         """Starts both streams at the embeddings.
 
@@ -83,11 +96,30 @@ class Streams:
             batch_size: Samples that go through a block together.
             device: Where blocks compute.
             ridge: Pull towards the weights before, relative to the mean diagonal of the normal equations.
+            work: Folder for hidden states, if memory is short.
         """
-        self._dense, self._arguments = enter(model, input_ids.split(batch_size), device)
-        self._pruned = list(self._dense)
+        self._dense, self._arguments = enter(model, own_share(input_ids).split(batch_size), device, work)
+        self._pruned = self._dense.copy()
         self._ridge = ridge
         self._index = 0
+
+    def resume(self, saved: Saved, *, most: int) -> int:
+        """Goes on with what was saved before a block, at most that one; returns its index."""
+        self._index = saved.load([self._dense, self._pruned], most=most)
+        return self._index
+
+    def save(self, saved: Saved) -> None:
+        """Saves both streams."""
+        saved.save(self._index, [self._dense, self._pruned])
+
+    def halve(self) -> None:
+        """Goes on with batches of half the size.
+
+        Raises:
+            NumpruneError: If they were of one sample.
+        """
+        size = self._arguments.halve(len(self._dense[0]))
+        self._dense, self._pruned = self._dense.split(size), self._pruned.split(size)
 
     @torch.no_grad()
     def recover(
@@ -110,42 +142,53 @@ class Streams:
             kept: Indices of the units that stayed, by the group's name.
             refit: Whether the producers are refitted too.
         """
-        seen = [self._dense_pass(block, groups, states) for states in self._dense]
+        seen = self._dense_pass(block, groups)
         for position, group in enumerate(groups):
             if not len(kept[group.name]):
                 continue
             if refit:
-                inputs = [batch.inputs[position] for batch in seen]
-                self._refit_producers(block, pruned, group, kept[group.name], inputs)
+                self._refit_producers(block, pruned, group, kept[group.name], seen.inputs[position])
                 self._refit_joint_norms(pruned, group, kept[group.name], seen)
             before = [g for g in groups[:position] if len(kept[g.name])]
-            self._refit_consumer(pruned, group, before, [batch.aims[position] for batch in seen], seen)
-        self._dense = [batch.after for batch in seen]
-        self._pruned = [pruned(states, **self._of(states, self._index)) for states in self._pruned]
+            self._refit_consumer(pruned, group, before, seen.aims[position], seen)
+        after = seen.after
+        del seen
+        self._pruned = self._pruned.mapped(pruned(states, **self._of(states, self._index)) for states in self._pruned)
+        self._dense = after
         self._index += 1
 
     @torch.no_grad()
     def refit_last_norm(self, model: PreTrainedModel) -> None:
         """Refits the weight of the norm after the last block: channel by channel the best factor, by least squares."""
-        norm = after_blocks(model)[0].to(self._dense[0].device)
+        norm = after_blocks(model)[0].to(self._dense.device)
         outputs = ((norm(dense), norm(cut)) for dense, cut in zip(self._dense, self._pruned, strict=True))
         _refit_norm(norm, outputs, layout_of(model.config).norm_offset)
         norm.to(model.device)
 
-    def _dense_pass(self, block: nn.Module, groups: Sequence[PrunableGroup], states: Tensor) -> "_Dense":
+    def _dense_pass(self, block: nn.Module, groups: Sequence[PrunableGroup]) -> "_Dense":
         inputs = [group.producers[0].path for group in groups]
         outputs = [_last(group) for group in groups]
         norms = [path for group in groups for path in (*group.joint_norms, *filter(None, [group.post_norm]))]
-        with _watching(block, [*inputs, *norms, *outputs]) as seen:
-            after = block(states, **self._of(states, self._index))
-        aims, reached = [], states
-        for path in outputs:
-            reached = reached + seen[path].output.view_as(states)
-            aims.append(reached)
-        return _Dense([seen[path].input for path in inputs], {path: seen[path] for path in norms}, aims, after)
+        like = self._dense.like
+        found = _Dense(
+            [like() for _ in groups], {path: (like(), like()) for path in norms}, [like() for _ in groups], like()
+        )
+        for states in self._dense:
+            with _watching(block, [*inputs, *norms, *outputs]) as seen:
+                found.after.append(block(states, **self._of(states, self._index)))
+            reached = states
+            for position, path in enumerate(outputs):
+                reached = reached + seen[path].output.view_as(states)
+                entered = seen[inputs[position]].input
+                found.inputs[position].append(entered.reshape(*states.shape[:-1], entered.shape[-1]))
+                found.aims[position].append(reached)
+            for path in norms:
+                for kept, value in zip(found.norms[path], (seen[path].input, seen[path].output), strict=True):
+                    kept.append(value)
+        return found
 
     def _refit_producers(
-        self, block: nn.Module, pruned: nn.Module, group: PrunableGroup, kept: Tensor, dense: Sequence[Tensor]
+        self, block: nn.Module, pruned: nn.Module, group: PrunableGroup, kept: Tensor, dense: HiddenStates
     ) -> None:
         """The producers of a group share their input Z, so the cross moments Z'^T Z U_kept need no output of theirs."""
         size = linear(block, group.producers[0].path).in_features
@@ -160,9 +203,7 @@ class Streams:
             solved = torch.cholesky_solve((wanted @ regression.cross + gamma * wanted).T, factor).T
             layer.weight.copy_(solved)
 
-    def _refit_joint_norms(
-        self, pruned: nn.Module, group: PrunableGroup, kept: Tensor, dense: Sequence["_Dense"]
-    ) -> None:
+    def _refit_joint_norms(self, pruned: nn.Module, group: PrunableGroup, kept: Tensor, dense: "_Dense") -> None:
         """The channels that stay have another mean square than all had: their factors make up for that on average."""
         for path in group.joint_norms:
             norm: Any = pruned.get_submodule(path)
@@ -171,7 +212,7 @@ class Streams:
                 _run_until(pruned, group.consumer, states, self._of(states, group.block), [path])[1][0]
                 for states in self._pruned
             )
-            wanted = (batch.norms[path].output[..., entries] for batch in dense)
+            wanted = (output[..., entries] for output in dense.norms[path][1])
             _refit_norm(norm, zip(wanted, found, strict=True), offset=0.0)
 
     def _refit_consumer(
@@ -179,19 +220,19 @@ class Streams:
         pruned: nn.Module,
         group: PrunableGroup,
         before: Sequence[PrunableGroup],
-        aims: Sequence[Tensor],
-        dense: Sequence["_Dense"],
+        aims: HiddenStates,
+        dense: "_Dense",
     ) -> None:
         """Refits a group's consumer; those of the groups before it have joined the streams already."""
         layer = linear(pruned, group.consumer)
         regression = _Regression(layer.in_features, layer.out_features, layer.weight.device)
         paths = [_last(g) for g in before]
-        for states, aim, batch in zip(self._pruned, aims, dense, strict=True):
+        for batch, (states, aim) in enumerate(zip(self._pruned, aims, strict=True)):
             inputs, outputs = _run_until(pruned, group.consumer, states, self._of(states, group.block), paths)
             wanted = aim - states - sum(output.view_as(states) for output in outputs)
             bias = torch.zeros((), device=states.device) if layer.bias is None else layer.bias
             if group.post_norm:
-                seen = batch.norms[group.post_norm]
+                seen = _Seen(*(states[batch] for states in dense.norms[group.post_norm]))
                 size = (seen.input.float().square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()  # As norms have it.
                 wanted = _before_norm(pruned.get_submodule(group.post_norm), seen, size, wanted)
                 regression.add(inputs / size, wanted - bias / size)
@@ -235,31 +276,32 @@ def _refit_norm(norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: flo
     if norm.weight is None:
         return
     bias = 0.0 if getattr(norm, "bias", None) is None else norm.bias.double()
-    products = squares = torch.zeros((), dtype=torch.float64)
+    products, squares = torch.zeros(2, len(norm.weight), dtype=torch.float64, device=norm.weight.device)
     for pair in outputs:
         wanted, found = (states.flatten(0, -2).double() - bias for states in pair)
-        products = products + (wanted * found).sum(dim=0).cpu()
-        squares = squares + found.square().sum(dim=0).cpu()
-    factor = torch.where(squares > 0, products / squares, 1.0).to(norm.weight.device)
+        products += (wanted * found).sum(dim=0)
+        squares += found.square().sum(dim=0)
+    add_up(products, squares)
+    factor = torch.where(squares > 0, products / squares, 1.0)
     scaled = (norm.weight + offset) * factor - offset
     norm.weight = nn.Parameter(scaled.to(norm.weight.dtype))
 
 
 @dataclass(frozen=True)
 class _Dense:
-    """One batch in a dense block.
+    """The dense stream in a block.
 
     Attributes:
         inputs: What enters each group's producers.
-        norms: What the groups' joint norms and post-norms see, by their paths.
+        norms: What enters and leaves the groups' joint norms and post-norms, by their paths.
         aims: The stream after each group.
         after: The stream after the block.
     """
 
-    inputs: list[Tensor]
-    norms: dict[str, "_Seen"]
-    aims: list[Tensor]
-    after: Tensor
+    inputs: list[HiddenStates]
+    norms: dict[str, tuple[HiddenStates, HiddenStates]]
+    aims: list[HiddenStates]
+    after: HiddenStates
 
 
 @dataclass(frozen=True)

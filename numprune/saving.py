@@ -15,7 +15,9 @@ from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from numprune.plan import PruningPlan
 from numprune.ragged import FAMILIES
+from numprune.ranks import is_first, meet
 from numprune.samples import save_samples
+from numprune.shards import write_weights
 from numprune.stock import as_stock, family
 
 # Tokenizer and generation settings stay byte for byte: saving them anew would rewrite them in the form of this version.
@@ -54,9 +56,19 @@ def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: Prunin
     form = as_stock(model)
     pruned: Any = form.model or _as_ragged(model)
     pruned.to(load_config(source).dtype)
+    if is_first():
+        _write(pruned, model, output, source=source, plan=plan, input_ids=input_ids)
+    meet()
+    return f"{type(pruned).__name__}: {form.reason}."
+
+
+def _write(
+    pruned: Any, model: PreTrainedModel, output: Path, *, source: Path, plan: PruningPlan, input_ids: Tensor
+) -> None:
     try:
         with replace_on_success(output) as temporary:
-            pruned.save_pretrained(temporary)
+            pruned.save_pretrained(temporary, state_dict={})  # Configuration and code.
+            write_weights(model, pruned.state_dict(), temporary, pruned.dtype)
             plan.save(temporary / PLAN_FILE)
             save_samples(input_ids, temporary / CALIBRATION_FILE)
             for pattern in _CARRIED_OVER:
@@ -64,7 +76,6 @@ def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: Prunin
                     shutil.copyfile(file, temporary / file.name)
     except (OSError, SafetensorError) as error:
         raise NumpruneError(f"{output} cannot be written: {error}. Nothing is left behind.") from error
-    return f"{type(pruned).__name__}: {form.reason}."
 
 
 def _as_ragged(model: PreTrainedModel) -> PreTrainedModel:

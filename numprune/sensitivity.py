@@ -7,80 +7,116 @@ given text it is never negative, and far less noisy for the same tokens.
 
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from numprune.architectures import after_blocks, decoder_blocks, logits
+from numprune.architectures import decoder_blocks, decoder_output, logits
 from numprune.capture import enter
+from numprune.memory import HiddenStates
+from numprune.ranks import add_up, own_share
+from numprune.streaming import outside_to, visit
 
 
 class LossProbe:
-    """Goes through a model's blocks in order; at each block it measures what other weights there would do to the loss.
+    """Measures what other weights would do to the loss, many of them in one pass through the blocks behind.
 
-    What enters a block is computed once, what follows it once for every measurement.
+    A trial is the model with one weight changed: its hidden states branch off the model's own in the block of that
+    weight and go on beside them. So a block is on the device once for all trials that branched off before it.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor, *, batch_size: int) -> None:
-        """Starts before the first block.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        batch_size: int,
+        device: torch.device,
+        first: int = 0,
+        folder: Path | None = None,
+    ) -> None:
+        """Computes what the model itself says.
 
         Args:
-            model: On the device to compute on, as a whole.
-            input_ids: (samples, length) calibration tokens.
+            model: The model.
+            input_ids: (samples, length) tokens to measure on.
             batch_size: Samples that go through a block together.
+            device: Where blocks compute.
+            first: Index of the block that trials begin with.
+            folder: For hidden states, if memory is short.
         """
         self._model = model
-        self._blocks = decoder_blocks(model)
-        self._after = after_blocks(model)
+        outside_to(model, device)
         self._tokens = input_ids.numel()
-        self._index = 0
-        self._hidden, self._arguments = enter(model, input_ids.split(batch_size), model.device)
-        self._final = [self._run_on(states) for states in self._hidden]
+        states, self._arguments = enter(model, own_share(input_ids).split(batch_size), device, folder)
+        self._own = states.copy()
+        for index, block in visit(decoder_blocks(model), device):
+            self._carry(states, index, block)
+            if index < first:
+                self._carry(self._own, index, block)
+        self._final = states
+        self._trials: dict[Any, HiddenStates] = {}
 
     @torch.no_grad()
-    def rise(self, layer: nn.Linear, weight: Tensor) -> float:
-        """The rise of the loss, in nats per token, if a layer of the present block had another weight.
+    def branch(self, name: Any, index: int, block: nn.Module, layer: nn.Linear, weight: Tensor) -> None:
+        """Begins a trial: the model's own hidden states go through the block with another weight.
 
         Args:
-            layer: A linear layer of the block that the probe stands before.
+            name: Of the trial.
+            index: Of the block, the one that the model's own hidden states are before.
+            block: It.
+            layer: A linear layer of the block.
             weight: (D_out, D) to try; the layer keeps its own.
         """
         own = layer.weight.data
         layer.weight.data = weight.to(own)
         try:
-            changed = (self._run_on(states) for states in self._hidden)
-            total = sum(self._divergence(*pair) for pair in zip(self._final, changed, strict=True))
+            trial = self._own.mapped(self._arguments.through(index, block, states) for states in self._own)
         finally:
             layer.weight.data = own
-        return total / self._tokens
+        self._trials[name] = trial
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """Passes on to the next block."""
-        self._hidden = [self._block(self._index, states) for states in self._hidden]
-        self._index += 1
+    def follow(self, index: int, block: nn.Module) -> None:
+        """Carries all trials that branched off before a block through it."""
+        for trial in self._trials.values():
+            self._carry(trial, index, block)
 
-    def _run_on(self, states: Tensor) -> Tensor:
-        for index in range(self._index, len(self._blocks)):
-            states = self._block(index, states)
-        for module in self._after:
-            states = module(states)
-        return states
+    @torch.no_grad()
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Carries the model's own hidden states through a block, after which trials of the next one can begin."""
+        self._carry(self._own, index, block)
 
-    def _block(self, index: int, states: Tensor) -> Tensor:
-        following: Tensor = self._blocks[index](states, **self._arguments[len(states)][index])
-        return following
+    @torch.no_grad()
+    def rises(self) -> dict[Any, float]:
+        """Ends all trials, which are through the last block: the rise of the loss in nats per token, by their names."""
+        totals = torch.zeros(len(self._trials), dtype=torch.float64)
+        for number, trial in enumerate(self._trials.values()):
+            divergences = [self._divergence(own, changed) for own, changed in zip(self._final, trial, strict=True)]
+            totals[number] = torch.stack(divergences).sum()
+        add_up(totals)
+        names, self._trials = list(self._trials), {}
+        return dict(zip(names, (totals / self._tokens).tolist(), strict=True))
 
-    def _divergence(self, own: Tensor, changed: Tensor) -> float:
-        total = 0.0
+    def _carry(self, hidden: HiddenStates, index: int, block: nn.Module) -> None:
+        for batch, states in enumerate(hidden):
+            hidden[batch] = self._arguments.through(index, block, states)
+
+    def _divergence(self, own: Tensor, changed: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=own.device)
         # One sample at a time: with a large vocabulary the logits of a batch outweigh everything else.
         for expected, found in zip(own.split(1), changed.split(1), strict=True):
-            p, q = (logits(self._model, states).float().log_softmax(-1) for states in (expected, found))
-            total += kl_div(q, p, reduction="sum", log_target=True).item()
+            p, q = (self._scores(states).float().log_softmax(-1) for states in (expected, found))
+            total += kl_div(q, p, reduction="sum", log_target=True)
         return total
+
+    def _scores(self, states: Tensor) -> Tensor:
+        return logits(self._model, decoder_output(self._model, states))
 
 
 def rise_curve(losses: Tensor, measured: Mapping[int, float]) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from numprune.cholesky import shrinkage
 from numprune.files import replace_on_success
+from numprune.ranks import is_first, meet
+from numprune.resume import writing
 
 Damping = float | Literal["auto"]
 
@@ -30,6 +32,10 @@ class Moments:
     mean: Tensor
     count: int
 
+    def to(self, device: torch.device) -> "Moments":
+        """The same on a device."""
+        return Moments(self.gram.to(device), self.mean.to(device), self.count)
+
     def damping(self, setting: Damping) -> float:
         """Damping relative to the mean diagonal: the setting, or with `auto` what `shrinkage` says."""
         return shrinkage(self.gram, self.count) if setting == "auto" else setting
@@ -43,14 +49,16 @@ class BlockStatistics:
     moments: dict[str, Moments]
 
     def save(self, folder: Path) -> None:
-        """Writes the block's file into a folder."""
+        """Writes the block's file into a folder; of several ranks, which have the same, the first one does."""
         tensors: dict[str, Tensor] = {}
         for name, moments in self.moments.items():
             tensors |= {f"{name}.gram": moments.gram.cpu(), f"{name}.mean": moments.mean.cpu()}
         # One entry: safetensors writes several in random order, and the same statistics shall be the same bytes.
         counts = json.dumps({name: moments.count for name, moments in self.moments.items()})
-        with replace_on_success(_path(folder, self.block)) as temporary:
-            save_file(tensors, temporary, {"counts": counts})
+        if is_first():
+            with writing(folder), replace_on_success(_path(folder, self.block)) as temporary:
+                save_file(tensors, temporary, {"counts": counts})
+        meet()
 
     @classmethod
     def load(cls, folder: Path, block: int) -> "BlockStatistics":
@@ -64,6 +72,18 @@ class BlockStatistics:
         return cls(block, moments)
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right over (N, ...) rows: a share of second moments, accumulated in at least float32.
+
+    In bfloat16 and float16 a GPU's tensor cores take the rows as they are: the products are exact in float32, in which
+    they are added up. Elsewhere rows are multiplied in float32, without TF32, or in float64 if they are.
+    """
+    if left.is_cuda and left.dtype == right.dtype and left.dtype in {torch.bfloat16, torch.float16}:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    precision = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    return left.to(precision).T @ right.to(precision)
+
+
 @dataclass(frozen=True)
 class Measured:
     """What ranking and recovery draw on.
@@ -73,12 +93,14 @@ class Measured:
         input_ids: (samples, length) calibration tokens.
         batch_size: Samples that go through a block together.
         device: Where blocks and equations are computed; None: where the model is.
+        work: Folder that remembers how far long work came (`numprune.resume`); None: it begins anew every time.
     """
 
     statistics: Path
     input_ids: Tensor
     batch_size: int = 8
     device: torch.device | None = None
+    work: Path | None = None
 
     def block(self, index: int) -> BlockStatistics:
         """The statistics of one block."""

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune.generation_benchmark import generate
 from numprune.reconstruction import hidden_state_errors
+from numprune.streaming import answering
 
 # Windows of the evaluation text, spread over all of it.
 _COMPARED_WINDOWS = 8
@@ -22,6 +23,8 @@ def compare(
     uncompensated: PreTrainedModel,
     windows: Tensor,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Compares models on the evaluation text.
 
@@ -31,14 +34,19 @@ def compare(
         uncompensated: The same cut without any compensation.
         windows: (windows, length) token ids of the evaluation text.
         tokenizer: None: nothing is generated.
+        device: Where to compute.
     """
     compared = _spread(windows, _COMPARED_WINDOWS)
-    errors = hidden_state_errors(dense, {"pruned": pruned, "without_compensation": uncompensated}, compared)
+    errors = hidden_state_errors(
+        dense, {"pruned": pruned, "without_compensation": uncompensated}, compared, device=device
+    )
     prompts = _spread(windows, _PROMPTS)
     return {
         "hidden_state_errors": {name: values.tolist() for name, values in errors.items()},
         "protocol": {"windows": len(compared), "length": compared.shape[1]},
-        "generations": [_side_by_side(dense, pruned, window, tokenizer) for window in prompts] if tokenizer else [],
+        "generations": [
+            _side_by_side(dense, pruned, window, tokenizer, device) for window in prompts if tokenizer is not None
+        ],
     }
 
 
@@ -47,14 +55,19 @@ def _spread(windows: Tensor, count: int) -> Tensor:
 
 
 def _side_by_side(
-    dense: PreTrainedModel, pruned: PreTrainedModel, window: Tensor, tokenizer: PreTrainedTokenizerBase
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    window: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> dict[str, Any]:
     half = len(window) // 2
     length, new_tokens = min(_PROMPT_TOKENS, half), min(_NEW_TOKENS, half)
     prompt = window[None, :length]
-    dense_tokens, pruned_tokens = (
-        generate(model, prompt.to(model.device), new_tokens)[0, length:].cpu() for model in (dense, pruned)
-    )
+    with answering(dense, device), answering(pruned, device):
+        dense_tokens, pruned_tokens = (
+            generate(model, prompt.to(device), new_tokens)[0, length:].cpu() for model in (dense, pruned)
+        )
     differing = (dense_tokens != pruned_tokens).nonzero()
     return {
         "prompt": tokenizer.decode(prompt[0]),

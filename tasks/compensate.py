@@ -1,11 +1,12 @@
 """Step `compensate`: cut the model by its plan, let the kept weights take over, write the pruned checkpoint."""
 
 from numprune.architectures import decoder_blocks
-from numprune.checkpoint import check_output, load_model, weight_bytes
+from numprune.checkpoint import check_output, open_model, weight_bytes
 from numprune.device import resolve_device, working_dtype
 from numprune.plan import PruningPlan
 from numprune.progress import track
 from numprune.pruning import apply_plan
+from numprune.resume import unfinished
 from numprune.saving import save_pruned
 from tasks.layout import checkpoint_folder, model_folder, plan_file
 from tasks.parameters import load_parameters
@@ -18,14 +19,17 @@ def compensate(model: str, budget: str) -> None:
     parameters = load_parameters()
     source, output = model_folder(model), checkpoint_folder(model, budget)
     check_output(output, weight_bytes(source))
-    plan = PruningPlan.load(plan_file(model, budget))
-    pruned = load_model(source, dtype=working_dtype(resolve_device(parameters.compute.device)))
+    planned = plan_file(model, budget)
+    plan = PruningPlan.load(planned)
+    pruned = open_model(source, dtype=working_dtype(resolve_device(parameters.compute.device)))
     recipe = parameters.recipe.resolve()
     measured = measured_dense(model, parameters.compute)
-    blocks = apply_plan(pruned, plan, measured, recovery=recipe.recovery, damping=recipe.damping)
-    for _ in track(blocks, len(decoder_blocks(pruned)), "compensate"):
-        pass
-    save_pruned(pruned, source, output, plan, measured.input_ids)
+    depends_on = {"source": source, "plan": planned, "statistics": measured.statistics, "recipe": recipe}
+    with unfinished(output, compute=parameters.compute, **depends_on) as work:
+        blocks = apply_plan(pruned, plan, measured, recovery=recipe.recovery, damping=recipe.damping, work=work)
+        for _ in track(blocks, len(decoder_blocks(pruned)), "compensate"):
+            pass
+        save_pruned(pruned, source, output, plan, measured.input_ids)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune.calibration import evaluation_windows
-from numprune.checkpoint import load_model, load_tokenizer
+from numprune.checkpoint import load_or_open, load_tokenizer
 from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.files import replace_on_success
@@ -21,9 +22,18 @@ from numprune.plan import PruningPlan
 from numprune.progress import track
 from numprune.pruning import apply_plan
 from numprune.samples import fingerprint
+from numprune.streaming import answering
 from tasks.accuracy import Answers, answer
 from tasks.comparison import compare
-from tasks.layout import answers_file, checkpoint_folder, comparison_file, evaluation_file, model_folder, plan_file
+from tasks.layout import (
+    answers_file,
+    checkpoint_folder,
+    comparison_file,
+    evaluation_file,
+    model_folder,
+    plan_file,
+    run_folder,
+)
 from tasks.parameters import Parameters, load_parameters
 from tasks.step import run_step
 
@@ -42,7 +52,7 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         return _measure(subject, windows, text_bytes, parameters, title)
 
     folder = dense_folder if budget is None else checkpoint_folder(model, budget)
-    loaded = load_model(folder, dtype=working_dtype(device), device=device)
+    loaded = load_or_open(folder, dtype=working_dtype(device), device=device)
     measured = measure(loaded, "evaluate")
     metrics: dict[str, Any] = {
         "perplexity": measured.perplexity,
@@ -50,15 +60,18 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         "parameters": loaded.num_parameters(),
     }
     if budget is not None:
-        dense = load_model(dense_folder, dtype=working_dtype(device), device=device)
-        cut = twin(dense)
-        for _ in apply_plan(cut, PruningPlan.load(plan_file(model, budget)), measured=None, recovery="none"):
-            pass
-        metrics["perplexity_without_compensation"] = measure(cut, "evaluate without compensation").perplexity
-        compared = compare(dense, loaded, cut, windows, load_tokenizer(dense_folder))
+        dense = load_or_open(dense_folder, dtype=working_dtype(device), device=device)
+        with TemporaryDirectory(dir=run_folder(model, budget)) as work:
+            cut = twin(dense)
+            plan = PruningPlan.load(plan_file(model, budget))
+            for _ in apply_plan(cut, plan, measured=None, recovery="none", work=Path(work)):
+                pass
+            metrics["perplexity_without_compensation"] = measure(cut, "evaluate without compensation").perplexity
+            compared = compare(dense, loaded, cut, windows, load_tokenizer(dense_folder), device=device)
         _write(comparison_file(model, budget), compared)
         del dense, cut
-    answers = _answer(loaded, folder, parameters)
+    with answering(loaded, device):
+        answers = _answer(loaded, folder, parameters)
     metrics["tasks"] = {name: _summed_up(answers[name]) for name in answers}
     if budget is not None:
         dense_answers = _load_answers(answers_file(model, None))
@@ -86,8 +99,8 @@ def _measure(
 ) -> Perplexity:
     batch_size = parameters.compute.batch_size
     batches = -(-len(windows) // batch_size)
-    losses = torch.cat(list(track(window_losses(model, windows, batch_size=batch_size), batches, title)))
-    return perplexity(losses, windows.shape[1], text_bytes)
+    losses = window_losses(model, windows, batch_size=batch_size, device=resolve_device(parameters.compute.device))
+    return perplexity(torch.cat(list(track(losses, batches, title))), windows.shape[1], text_bytes)
 
 
 def _answer(model: PreTrainedModel, folder: Path, parameters: Parameters) -> dict[str, Answers]:

@@ -3,12 +3,13 @@
 from numprune.architectures import all_groups
 from numprune.budget import parse_budget
 from numprune.checkpoint import fingerprint as model_fingerprint
-from numprune.checkpoint import load_model, load_shapes
+from numprune.checkpoint import load_model, load_shapes, open_model
 from numprune.device import resolve_device, working_dtype
 from numprune.plan import Source, make_plan
 from numprune.planning import choose_within
 from numprune.progress import track
 from numprune.ranking import load_rankings
+from numprune.resume import unfinished
 from numprune.samples import fingerprint
 from tasks.layout import model_folder, plan_file, scores_file
 from tasks.parameters import load_parameters
@@ -21,14 +22,17 @@ def prune(model: str, budget: str) -> None:
     parameters = load_parameters()
     recipe, workload = parameters.recipe.resolve(), parameters.workload
     device = resolve_device(parameters.compute.device)
-    folder, measured = model_folder(model), measured_dense(model, parameters.compute)
+    folder, scores = model_folder(model), scores_file(model)
     wanted = parse_budget(budget, batch=workload.batch, length=workload.length)
-    rankings = load_rankings(scores_file(model))
+    rankings = load_rankings(scores)
     stored = load_model(folder, device=device) if wanted.kind == "latency" else load_shapes(folder)
     # With the rankings at hand, one step needs nothing but shapes.
     shapes_suffice = rankings and recipe.steps == 1
-    dense = load_shapes(folder) if shapes_suffice else load_model(folder, dtype=working_dtype(device))
-    choice = choose_within(wanted, dense, stored, recipe, measured, rankings=rankings or None, watch=track)
+    dense = load_shapes(folder) if shapes_suffice else open_model(folder, dtype=working_dtype(device))
+    depends_on = {"source": folder, "scores": scores, "recipe": recipe, "budget": wanted, "compute": parameters.compute}
+    with unfinished(plan_file(model, budget), **depends_on) as work:
+        measured = measured_dense(model, parameters.compute, work)
+        choice = choose_within(wanted, dense, stored, recipe, measured, rankings=rankings or None, watch=track)
     download = parameters.downloads.get(model)
     source = Source(
         model=download.origin if download else model,

@@ -1,12 +1,13 @@
 """Step `score`: in which order the units of every layer go, and what that costs the model, for every budget alike."""
 
-from numprune.architectures import decoder_blocks, prunable_groups
-from numprune.checkpoint import load_model
+from numprune.architectures import all_groups
+from numprune.checkpoint import open_model
 from numprune.choice import rank_model
 from numprune.device import resolve_device, working_dtype
 from numprune.progress import track
 from numprune.ranking import Ranking, save_rankings
-from tasks.layout import model_folder, scores_file
+from numprune.resume import unfinished
+from tasks.layout import calibration_file, model_folder, scores_file, statistics_folder
 from tasks.parameters import load_parameters
 from tasks.statistics import measured_dense
 from tasks.step import run_step
@@ -20,11 +21,13 @@ def score(model: str) -> None:
     # The scores of `box` depend on the budget: they are computed where that is known.
     if recipe.selection != "box":
         device = resolve_device(parameters.compute.device)
-        dense = load_model(model_folder(model), dtype=working_dtype(device))
+        source, statistics = model_folder(model), statistics_folder(model)
+        dense = open_model(source, dtype=working_dtype(device))
         measured = measured_dense(model, parameters.compute)
-        blocks = map(measured.block, range(len(decoder_blocks(dense))))
-        groups = sum(len(groups) for groups in prunable_groups(dense))
-        rankings = dict(track(rank_model(dense, blocks, recipe, measured), groups, "score"))
+        depends_on = {"source": source, "statistics": statistics, "samples": calibration_file(model)}
+        with unfinished(scores_file(model), recipe=recipe, compute=parameters.compute, **depends_on) as work:
+            ranked = rank_model(dense, recipe, measured, work=work)
+            rankings = dict(track(ranked, len(all_groups(dense)), "score"))
     save_rankings(rankings, scores_file(model))
 
 

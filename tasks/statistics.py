@@ -1,5 +1,7 @@
 """What the steps before have measured of a dense model, for those that rank and recover."""
 
+from pathlib import Path
+
 from numprune.device import resolve_device
 from numprune.samples import load_samples
 from numprune.statistics import Measured
@@ -7,11 +9,12 @@ from tasks.layout import calibration_file, statistics_folder
 from tasks.parameters import Compute
 
 
-def measured_dense(model: str, compute: Compute) -> Measured:
-    """Calibration tokens and statistics of a dense model."""
+def measured_dense(model: str, compute: Compute, work: Path | None = None) -> Measured:
+    """Calibration tokens and statistics of a dense model; and a folder for unfinished work on them."""
     return Measured(
         statistics=statistics_folder(model),
         input_ids=load_samples(calibration_file(model)),
         batch_size=compute.batch_size,
         device=resolve_device(compute.device),
+        work=work,
     )

@@ -41,8 +41,7 @@ def measure(model, input_ids, folder, batch_size=5):
 
 
 def ranked(model, measured, recipe, ratio=0.3):
-    blocks = map(measured.block, range(len(model.model.layers)))
-    return dict(rank_model(model, blocks, recipe, measured, ratio=ratio))
+    return dict(rank_model(model, recipe, measured, ratio=ratio))
 
 
 def groups_of(model):
@@ -269,7 +268,12 @@ def test_progress_is_shown_for_every_step(llama, of_llama):
         return silent(steps, total, title)
 
     choose(llama, of_llama, 0.3, replace(BEST, steps=2), watch=watch)
-    assert titles == [("step 1 of 2 rank", 6), ("step 2 of 2 recover", 3), ("step 2 of 2 rank", 6)]
+    assert titles == [
+        ("step 1 of 2 rank", 6),
+        ("step 2 of 2 recover", 3),
+        ("step 2 of 2 capture", 3),
+        ("step 2 of 2 rank", 6),
+    ]
     titles.clear()
     choose(llama, of_llama, 0.3, BEST, watch=watch)
     assert titles == [("rank", 6)]

@@ -79,7 +79,7 @@ def test_bytes_are_those_of_the_checkpoint(make_checkpoint, input_ids, tmp_path)
     budget = parse_budget("size-60kB")  # In full precision the dense model has twice 80 kB.
     choice = choose_within(budget, model, stored, BEST, measured)
     assert 60_000 - 2 * 100 < cost(really_cut(model, choice.kept).bfloat16(), budget) <= 60_000
-    rankings = dict(rank_model(model, map(measured.block, range(3)), BEST, measured, ratio=0.3))
+    rankings = dict(rank_model(model, BEST, measured, ratio=0.3))
     again = choose_within(budget, stored, stored, BEST, measured, rankings=rankings)
     assert all(torch.equal(again.kept[name], units) for name, units in choice.kept.items())
 

@@ -23,49 +23,63 @@ def without_columns(layer, count):
     return weight
 
 
-def probe_at(model, input_ids, block, batch_size=5):
-    probe = LossProbe(model, input_ids, batch_size=batch_size)
-    for _ in range(block):
-        probe.advance()
-    return probe
+def rises(model, input_ids, trials, batch_size=5, first=0):
+    """Rises by name of trials (block, layer, weight), measured in one pass."""
+    device = torch.device("cpu")
+    probe = LossProbe(model, input_ids, batch_size=batch_size, device=device, first=first)
+    for index, block in enumerate(model.model.layers):
+        probe.follow(index, block)
+        for name, (at, layer, weight) in trials.items():
+            if at == index:
+                probe.branch(name, index, block, layer, weight)
+        if index >= first:
+            probe.advance(index, block)
+    return probe.rises()
 
 
-@pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.parametrize("count", [4, 16])
-def test_rise_is_the_divergence_of_whole_models(model, input_ids, block, count):
-    probe = probe_at(model, input_ids, block)
-    for group in prunable_groups(model)[block]:
-        layer = linear(model.model.layers[block], group.consumer)
-        weight = without_columns(layer, count)
-        changed = copy.deepcopy(model)
-        with torch.no_grad():
-            linear(changed.model.layers[block], group.consumer).weight.copy_(weight)
-        expected = divergence(model, changed, input_ids)
-        assert expected > 1e-3
-        assert probe.rise(layer, weight) == pytest.approx(expected, rel=2e-3)
+def test_rises_are_the_divergences_of_whole_models(model, input_ids, count):
+    trials, expected = {}, {}
+    for index, groups in enumerate(prunable_groups(model)):
+        for group in groups:
+            layer = linear(model.model.layers[index], group.consumer)
+            weight = without_columns(layer, count)
+            changed = copy.deepcopy(model)
+            with torch.no_grad():
+                linear(changed.model.layers[index], group.consumer).weight.copy_(weight)
+            trials[group.name] = index, layer, weight
+            expected[group.name] = divergence(model, changed, input_ids)
+    assert min(expected.values()) > 1e-3
+    assert rises(model, input_ids, trials) == pytest.approx(expected, rel=2e-3)
 
 
-def test_other_layers_of_the_block_can_be_tried_too(llama, input_ids):
+def test_trials_may_begin_later(llama, input_ids):
     layer = llama.model.layers[1].self_attn.q_proj
-    weight = 0.5 * layer.weight.detach()
-    changed = copy.deepcopy(llama)
-    changed.model.layers[1].self_attn.q_proj.weight.data.copy_(weight)
-    rise = probe_at(llama, input_ids, 1).rise(layer, weight)
-    assert rise == pytest.approx(divergence(llama, changed, input_ids), rel=2e-3)
+    trials = {"half": (1, layer, 0.5 * layer.weight.detach())}
+    assert rises(llama, input_ids, trials, first=1) == rises(llama, input_ids, trials)
 
 
 def test_its_own_weight_costs_nothing(model, input_ids):
-    probe = probe_at(model, input_ids, 1)
     layer = model.model.layers[1].mlp.down_proj
-    assert probe.rise(layer, layer.weight.detach().clone()) == pytest.approx(0, abs=1e-6)
+    trials = {"same": (1, layer, layer.weight.detach().clone())}
+    assert rises(model, input_ids, trials)["same"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_layer_keeps_its_weight(llama, input_ids):
+def test_the_layer_keeps_its_weight_also_if_the_forward_pass_fails(llama, input_ids):
     before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
-    probe = probe_at(llama, input_ids, 1)
     layer = llama.model.layers[1].mlp.down_proj
     parameter, address = layer.weight, layer.weight.data_ptr()
-    probe.rise(layer, torch.zeros_like(layer.weight))
+    trials = {"nothing": (1, layer, torch.zeros_like(layer.weight))}
+    rises(llama, input_ids, trials)
+
+    def fail(*_):
+        if not layer.weight.any():
+            raise RuntimeError("something")
+
+    hook = layer.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="something"):
+        rises(llama, input_ids, trials)
+    hook.remove()
     assert layer.weight is parameter
     assert layer.weight.data_ptr() == address
     assert layer.weight.requires_grad
@@ -73,37 +87,20 @@ def test_the_layer_keeps_its_weight(llama, input_ids):
         assert torch.equal(tensor, before[name])
 
 
-def test_the_layer_keeps_its_weight_if_the_forward_pass_fails(llama, input_ids):
-    probe = probe_at(llama, input_ids, 1)
-    layer = llama.model.layers[1].mlp.down_proj
-    before, address = layer.weight.detach().clone(), layer.weight.data_ptr()
-
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    hook = llama.model.layers[2].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        probe.rise(layer, torch.zeros_like(layer.weight))
-    hook.remove()
-    assert layer.weight.data_ptr() == address
-    assert torch.equal(layer.weight, before)
-    assert probe.rise(layer, before) == pytest.approx(0, abs=1e-6)
-
-
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3"])
 def test_batch_size_does_not_matter(name, input_ids):
     model = random_model(CONFIGS[name])
     layer = model.model.layers[1].self_attn.o_proj
-    weight = without_columns(layer, 16)
-    rises = [probe_at(model, input_ids, 1, batch_size).rise(layer, weight) for batch_size in (1, 5, 12, 100)]
-    assert rises == pytest.approx([rises[0]] * 4, rel=1e-5, abs=1e-5)
+    trials = {"cut": (1, layer, without_columns(layer, 16))}
+    found = [rises(model, input_ids, trials, batch_size)["cut"] for batch_size in (1, 5, 12, 100)]
+    assert found == pytest.approx([found[0]] * 4, rel=1e-5, abs=1e-5)
 
 
 def test_weights_may_come_in_another_type(llama, input_ids):
     layer = llama.model.layers[0].mlp.down_proj
     weight = without_columns(layer, 10)
-    probe = probe_at(llama, input_ids, 0)
-    assert probe.rise(layer, weight.double()) == probe.rise(layer, weight)
+    found = rises(llama, input_ids, {"single": (0, layer, weight), "double": (0, layer, weight.double())})
+    assert found["single"] == found["double"]
 
 
 # ---- The curve

@@ -1,0 +1,158 @@
+"""How much memory there is, and hidden states that lie where there is room for them."""
+
+import os
+import resource
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import torch
+from torch import Tensor
+
+from numprune.errors import NumpruneError
+
+Place = Literal["device", "memory", "disk"]
+
+# Of the free memory, one set of hidden states may take so much: up to seven live at once, beside blocks and moments.
+_SHARE = 1 / 8
+
+
+def available_memory() -> int:
+    """Bytes of main memory that this process can still get: of the machine, its control group and its own limits."""
+    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    proc = Path("/proc")
+    if (proc / "meminfo").exists():
+        bounds.append(1024 * _field(proc / "meminfo", "MemAvailable:"))
+        limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        if limit != resource.RLIM_INFINITY:
+            bounds.append(limit - 1024 * _field(proc / "self/status", "VmData:"))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
+        bounds.append(int(most) - int((group / "memory.current").read_text()))
+    return max(min(bounds), 0)
+
+
+def _field(path: Path, name: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where a device computes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory()
+
+
+def place_for(size: int, device: torch.device) -> Place:
+    """Where hidden states of so many bytes go: to the compute device, else to main memory, else to disk."""
+    if device.type == "cuda" and size <= _SHARE * free_memory(device):
+        return "device"
+    return "memory" if size <= _SHARE * available_memory() else "disk"
+
+
+class HiddenStates(Sequence[Tensor]):
+    """The hidden states of all samples, batch by batch: read on the compute device, kept where there is room.
+
+    On disk they are a memory-mapped file without a name, which vanishes with the process however that ends.
+    """
+
+    def __init__(self, samples: int, device: torch.device, folder: Path | None = None) -> None:
+        """Makes room when the first batch comes.
+
+        Args:
+            samples: That are going to be appended.
+            device: Where they are computed with.
+            folder: For a file if memory is short; by default that of the system's temporary files.
+        """
+        self._samples, self._device, self._folder = samples, device, folder
+        self._bounds: list[tuple[int, int]] = []
+        self._all: Tensor | None = None
+
+    def append(self, batch: Tensor) -> None:
+        """Adds the next (batch, length, width) hidden states."""
+        if self._all is None:
+            self._all = self._room(batch)
+        start = self._bounds[-1][1] if self._bounds else 0
+        self._bounds.append((start, start + len(batch)))
+        self[-1] = batch
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # Batches are taken one at a time.
+        start, end = self._bounds[index]
+        assert self._all is not None
+        # Pinned memory is copied while the device still computes; what follows on the device waits for the copy.
+        return self._all[start:end].to(self._device, non_blocking=True)
+
+    def __setitem__(self, index: int, batch: Tensor) -> None:
+        start, end = self._bounds[index]
+        assert self._all is not None
+        self._all[start:end].copy_(batch, non_blocking=True)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are computed with."""
+        return self._device
+
+    def like(self) -> "HiddenStates":
+        """Room for other hidden states of the same samples."""
+        return HiddenStates(self._samples, self._device, self._folder)
+
+    def mapped(self, batches: Iterable[Tensor]) -> "HiddenStates":
+        """Other hidden states of the same samples."""
+        other = self.like()
+        for batch in batches:
+            other.append(batch)
+        return other
+
+    def copy(self) -> "HiddenStates":
+        """The same hidden states in a place of their own."""
+        return self.mapped(self)
+
+    def split(self, batch_size: int) -> "HiddenStates":
+        """The same hidden states in batches of another size."""
+        other = self.like()
+        other._all = self._all
+        other._bounds = [
+            (start, min(start + batch_size, self._samples)) for start in range(0, self._samples, batch_size)
+        ]
+        return other
+
+    def write(self, file: BinaryIO) -> None:
+        """Writes the bare bytes, a batch at a time."""
+        for batch in self:
+            file.write(batch.contiguous().cpu().view(torch.uint8).numpy().data)
+
+    def read(self, file: BinaryIO) -> None:
+        """Reads what `write` wrote of the same samples."""
+        for index in range(len(self)):
+            batch = torch.empty_like(self[index], device="cpu")
+            file.readinto(batch.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]  # Of a binary file.
+            self[index] = batch
+
+    def _room(self, batch: Tensor) -> Tensor:
+        shape = (self._samples, *batch.shape[1:])
+        size = self._samples * batch[0].numel() * batch.element_size()
+        place = place_for(size, self._device)
+        if place == "device":
+            return torch.empty(shape, dtype=batch.dtype, device=self._device)
+        if place == "memory":
+            return torch.empty(shape, dtype=batch.dtype, pin_memory=self._device.type == "cuda")
+        with tempfile.NamedTemporaryFile(dir=self._folder) as file:
+            try:
+                # A mapped file that meets a full disk ends the process; this asks before.
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise NumpruneError(
+                    f"{Path(file.name).parent}: hidden states of {size:,} bytes fit neither memory nor this disk "
+                    f"({error.strerror}): free some, or use fewer calibration samples."
+                ) from None
+            return torch.from_file(file.name, shared=True, size=size // batch.element_size(), dtype=batch.dtype).view(
+                shape
+            )

@@ -1,0 +1,89 @@
+"""Several processes that share the calibration samples, as `torchrun` starts them; one process is the case of one rank.
+
+Every rank carries its own samples through the model; sums over samples are added up over all ranks, and what follows
+from them is computed everywhere alike. The first rank alone writes what the others read.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from numprune.errors import NumpruneError
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Joins the ranks that `torchrun` started; without it there is one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def ranks() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return rank() == 0
+
+
+def own_share(samples: Tensor) -> Tensor:
+    """The samples that this rank computes.
+
+    Raises:
+        NumpruneError: If there are fewer samples than ranks.
+    """
+    if ranks() == 1:
+        return samples
+    if len(samples) < ranks():
+        raise NumpruneError(f"{len(samples)} samples cannot be shared by {ranks()} processes: use fewer processes.")
+    return samples[rank() :: ranks()]
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replaces tensors by their sums over all ranks, in place."""
+    if ranks() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def meet() -> None:
+    """Waits until every rank is here: what the first one wrote before can be read after."""
+    if ranks() > 1:
+        dist.barrier()
+
+
+def agreed(decision: bool) -> bool:
+    """What the first rank decided."""
+    if ranks() == 1:
+        return decision
+    answer = [decision]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def held_by_all(own: set[int]) -> set[int]:
+    """What every rank holds."""
+    if ranks() == 1:
+        return own
+    of_ranks: list[set[int]] = [set()] * ranks()
+    dist.all_gather_object(of_ranks, own)
+    return set.intersection(*of_ranks)

@@ -1,0 +1,196 @@
+"""Models larger than memory: a decoder block's weights are read when its turn comes, and forgotten after it.
+
+A model that is opened this way has its embeddings, its last norm and its head; its blocks stand on the meta device and
+know where their tensors lie. `visit` goes through the blocks of any model: while one is computed with, a thread reads
+the next and, on a GPU, copies it through pinned memory on a stream of its own.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from numprune.architectures import decoder_blocks
+from numprune.errors import NumpruneError
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """Where tensors lie that are not in memory.
+
+    Attributes:
+        files: File and key of each tensor, by its name inside the block.
+        dtype: In which it is computed with.
+    """
+
+    files: Mapping[str, tuple[Path, str]]
+    dtype: torch.dtype
+    _checked: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "StoredTensors":
+        return self
+
+    def read(self) -> dict[str, Tensor]:
+        """Reads the tensors into memory of their own; what is read for the first time is checked.
+
+        Raises:
+            NumpruneError: If a file is missing, truncated or damaged, or a value is NaN or infinite.
+        """
+        tensors = {}
+        for path in sorted({path for path, _ in self.files.values()}):
+            try:
+                with safe_open(path, "pt") as file:
+                    for name, (where, key) in self.files.items():
+                        if where == path:
+                            # Copied: pages of a mapped file would be read, and counted, where they are computed with.
+                            tensors[name] = file.get_tensor(key).to(self.dtype, copy=True)
+            except (OSError, SafetensorError) as error:
+                raise NumpruneError(f"{path} is missing, truncated or damaged ({error}): fetch it again.") from None
+        for name in tensors.keys() - self._checked:
+            if not torch.isfinite(tensors[name]).all():
+                path, key = self.files[name]
+                raise NumpruneError(f"{path}: {key} holds NaN or infinite values: the checkpoint is damaged.")
+            self._checked.add(name)
+        return tensors
+
+
+def stored(block: nn.Module) -> StoredTensors | None:
+    """Where a block's tensors lie; None if the block is in memory."""
+    return getattr(block, "stored", None)
+
+
+def is_streamed(blocks: Iterable[nn.Module]) -> bool:
+    """Whether any of the blocks is read when its turn comes."""
+    return any(stored(block) for block in blocks)
+
+
+def store(block: nn.Module, files: Mapping[str, tuple[Path, str]]) -> None:
+    """Lets go of a block's tensors, which lie in files from now on."""
+    tensors = block.state_dict()
+    dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
+    setattr(block, "stored", StoredTensors(files, dtype))  # noqa: B010 - No attribute of every module.
+    _release(block)
+
+
+def forget(block: nn.Module) -> None:
+    """Makes a block that is in memory independent of where its tensors came from."""
+    if stored(block):
+        delattr(block, "stored")
+
+
+def visit(blocks: Iterable[nn.Module], device: torch.device, *, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
+    """Yields the index of each block and the block on the compute device, where it is until the next one is asked for.
+
+    Args:
+        blocks: Of a model; they may be replaced in its list meanwhile.
+        device: Where to compute.
+        first: Index of the block to begin with.
+
+    Raises:
+        NumpruneError: If a stored block cannot be read or is damaged.
+    """
+    blocks = list(blocks)
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, "read-block") as reader:
+
+        def begin(index: int) -> "Future[_Fetched] | None":
+            tensors = stored(blocks[index]) if index < len(blocks) else None
+            return reader.submit(_fetch, tensors, device, copies) if tensors else None
+
+        ahead = begin(first)
+        for index in range(first, len(blocks)):
+            block, fetched, ahead = blocks[index], ahead, None
+            tensors = fetched.result() if fetched else None
+            ahead = begin(index + 1)
+            with _present(block, tensors, device):
+                fetched = tensors = None  # From here on, only the block holds on to them.
+                yield index, block
+            del block
+
+
+def outside_to(model: PreTrainedModel, device: torch.device) -> None:
+    """Moves what is outside the decoder blocks: embeddings, norms, the head."""
+    inside = {id(module) for module in decoder_blocks(model).modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(device)
+
+
+@contextmanager
+def answering(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Lets a streamed model answer as a whole, as for generation: every call of a block reads it.
+
+    Each forward pass reads the whole model once; it is for what no loop over blocks can do.
+    """
+    outside_to(model, device)
+    hooks = []
+    for block in decoder_blocks(model):
+        if (tensors := stored(block)) is not None:
+
+            def enter(block: nn.Module, _inputs: Any, tensors: StoredTensors = tensors) -> None:
+                _adopt(block, _fetch(tensors, device, None), device)
+
+            hooks.append(block.register_forward_pre_hook(enter))
+            hooks.append(block.register_forward_hook(lambda block, _inputs, _output: _release(block), always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class _Fetched:
+    """Tensors on the device, and the event after which they are complete there."""
+
+    tensors: dict[str, Tensor]
+    complete: "torch.cuda.Event | None" = None
+
+
+@contextmanager
+def _present(block: nn.Module, fetched: _Fetched | None, device: torch.device) -> Iterator[None]:
+    if fetched is None:
+        home = next((parameter.device for parameter in block.parameters()), device)
+        block.to(device)
+        try:
+            yield
+        finally:
+            block.to(home)
+        return
+    _adopt(block, fetched, device)
+    fetched.tensors.clear()
+    try:
+        yield
+    finally:
+        _release(block)
+
+
+def _fetch(tensors: StoredTensors, device: torch.device, copies: "torch.cuda.Stream | None") -> _Fetched:
+    found = tensors.read()
+    if copies is None:
+        return _Fetched({name: tensor.to(device) for name, tensor in found.items()})
+    with torch.cuda.stream(copies):
+        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in found.items()}
+        return _Fetched(moved, copies.record_event())
+
+
+def _adopt(block: nn.Module, fetched: _Fetched, device: torch.device) -> None:
+    if fetched.complete is not None:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(fetched.complete)
+        for tensor in fetched.tensors.values():
+            tensor.record_stream(computing)  # Its memory is not given to the next copy while this stream reads it.
+    block.load_state_dict(fetched.tensors, assign=True)
+    block.to(device)  # Buffers that no file holds.
+
+
+def _release(block: nn.Module) -> None:
+    block.load_state_dict({name: tensor.to("meta") for name, tensor in block.state_dict().items()}, assign=True)
