@@ -60,7 +60,8 @@ def as_stock(model: PreTrainedModel) -> Form:
         refusal = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").rstrip(".")
     if own in _SISTERS:
         name, changes = _SISTERS[own]
-        known = LAYOUTS[name].stock.config_class().to_dict()
+        sisters_class: Any = LAYOUTS[name].stock
+        known = sisters_class.config_class().to_dict()
         common = {key: value for key, value in settings.items() if key in known}
         sister = _with_tensors_of(model, name, common | changes)
         if sister:
