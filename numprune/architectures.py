@@ -232,9 +232,9 @@ def linear(block: nn.Module, path: str) -> nn.Linear:
     """The linear layer at a path inside a block.
 
     Raises:
-        NumpruneError: If another kind of module stands there, such as a quantized layer.
+        NumpruneError: If there is none, or another kind of module stands there, such as a quantized layer.
     """
-    module = block.get_submodule(path)
+    module = _submodule(block, path)
     if not isinstance(module, nn.Linear):
         raise NumpruneError(
             f"{path} is a {type(module).__name__}, not a plain nn.Linear: prune the unquantized model, then quantize."
@@ -242,14 +242,28 @@ def linear(block: nn.Module, path: str) -> nn.Linear:
     return module
 
 
+def _submodule(block: nn.Module, path: str) -> Any:
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        raise NumpruneError(
+            f"A {type(block).__name__} has no {path}: its family's layout is not right, see docs/architectures.md."
+        ) from None
+
+
 def _is_absent(block: nn.Module, projections: Projections) -> bool:
-    module = block.get_submodule(module_path(projections.consumer) or projections.consumer)
+    module = _submodule(block, module_path(projections.consumer) or projections.consumer)
     # By attribute: a model loaded with the file that its checkpoint brings has classes of that file.
     return getattr(module, "is_absent", False)
 
 
 def _head_dim(attention: Any, layout: Layout) -> int:
-    return int(attention.head_dim if getattr(attention, "is_absent", False) else getattr(attention, layout.head_dim))
+    name = "head_dim" if getattr(attention, "is_absent", False) else layout.head_dim
+    if not hasattr(attention, name):
+        raise NumpruneError(
+            f"A {type(attention).__name__} has no {name}: its family's layout is not right, see docs/architectures.md."
+        )
+    return int(getattr(attention, name))
 
 
 def _attention_group(index: int, block: nn.Module, layout: Layout) -> PrunableGroup:

@@ -51,14 +51,14 @@ def fetch(model: str, revision: str | None = None) -> Path:
         raise NumpruneError(f"{model} is neither a folder nor a model that the Hub delivers: {reason}") from None
 
 
-def load_config(model: str | Path) -> PreTrainedConfig:
-    """Reads `config.json` of a model folder.
+def load_config(model: str | Path, revision: str | None = None) -> PreTrainedConfig:
+    """Reads `config.json` of a model folder, or of a model on the Hugging Face Hub.
 
     Raises:
         NumpruneError: If it is missing or no configuration that transformers knows.
     """
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise NumpruneError(f"{model}: no usable config.json: {str(error).splitlines()[0]}") from None
 

@@ -35,9 +35,11 @@ from numprune.checkpoint import fingerprint as model_fingerprint
 from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.errors import NumpruneError, reported
+from numprune.miniature import miniature
 from numprune.options import BatchSize, Device, Job, Length, Model, Revision, takes_job
+from numprune.parity import check_parity, stock_shapes
 from numprune.perplexity import perplexity, window_losses
-from numprune.plan import PruningPlan, Source, make_plan
+from numprune.plan import PruningPlan, Source, make_plan, to_ranges
 from numprune.planning import choose_within
 from numprune.progress import track
 from numprune.pruning import apply_plan, capture_to
@@ -46,6 +48,7 @@ from numprune.resume import unfinished
 from numprune.samples import fingerprint
 from numprune.saving import save_pruned
 from numprune.statistics import Measured
+from numprune.stock import family
 
 app = typer.Typer(
     help="Structural pruning of autoregressive transformers: no training, a folder that loads everywhere.",
@@ -174,6 +177,61 @@ def measure_perplexity(
         f"{result.windows} non-overlapping windows of {result.length} tokens of {data}, no BOS token added, ", nl=False
     )
     typer.echo(f"{protocol['dtype']} on {place}")
+
+
+@app.command()
+def check(
+    model: Model,
+    random: Annotated[
+        bool,
+        typer.Option("--random", help="Read config.json alone and try a small random model with the same features."),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the units that stay, and of random weights.")] = 0,
+    device: Device = "auto",
+    revision: Revision = None,
+    debug: Debug = False,
+) -> None:
+    """Tries whether a model can be pruned: what is cut out must give the logits of the model with it at zero.
+
+    Everything computes in double precision; without `--random` that takes up to four times the model's size in float64.
+    The exit code is 1 if something does not hold.
+
+    Example:
+        numprune check Qwen/Qwen3-8B --random
+    """
+    place = resolve_device(device)
+    if random:
+        config = load_config(model, revision)
+        check_supported(config)
+        subject = miniature(config, seed).to(place)  # type: ignore[arg-type]  # torch's device is one of what it takes.
+    else:
+        subject = load_model(fetch(model, revision), dtype=torch.float64, device=place)
+    typer.echo(f"{model}: family {family(subject.config)}, {len(decoder_blocks(subject))} blocks")
+    findings = []
+    for finding in check_parity(subject, seed=seed):
+        findings.append(finding)
+        typer.echo(f"  {'holds' if finding.holds else 'FAILS'}  {finding.claim} ({finding.detail})")
+    if not all(finding.holds for finding in findings):
+        typer.echo("error: the layout of the family is not right, see docs/architectures.md.", err=True)
+        raise typer.Exit(1)
+    Console().print(_groups_table(subject))
+    for cut, form in stock_shapes(subject).items():
+        typer.echo(f"  {cut}, the same in all layers -> {form}")
+    typer.echo("  widths that differ by layer -> ragged")
+
+
+def _groups_table(model: PreTrainedModel) -> Table:
+    table = Table("blocks", "producers", "consumer", "units", "channels a unit", "parameters a unit")
+    for column in table.columns:
+        column.overflow = "fold"
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for group in all_groups(model):
+        producers = ", ".join(producer.path for producer in group.producers)
+        sizes = (group.units, group.channels, group.unit_parameters)
+        alike.setdefault((producers, group.consumer, *map(str, sizes)), []).append(group.block)
+    for description, blocks in alike.items():
+        table.add_row(to_ranges(blocks), *description)
+    return table
 
 
 def _needed_bytes(folder: Path) -> int:

@@ -129,7 +129,7 @@ class PruningPlan:
                 name: {
                     "units": group.units,
                     "kept_units": len(group.kept),
-                    "kept": _to_ranges(group.kept),
+                    "kept": to_ranges(group.kept),
                     "unit_parameters": group.unit_parameters,
                     "lowest_kept": group.lowest_kept,
                     "highest_removed": group.highest_removed,
@@ -199,7 +199,7 @@ def make_plan(
     return PruningPlan(source=source, recipe=asdict(recipe), budget=budget, threshold=choice.threshold, groups=planned)
 
 
-def _to_ranges(indices: Sequence[int]) -> str:
+def to_ranges(indices: Sequence[int]) -> str:
     """Ascending indices as text: 0-5,7,9-12."""
     ranges: list[list[int]] = []
     for index in indices:

@@ -6,7 +6,8 @@ the whole module is absent. `consumer_bias` gives all output projections a bias.
 the family.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -211,7 +212,7 @@ def set_head_counts(attention: Any, queries: int, keys: int) -> None:
 
 
 class _ConfigOfLayer:
-    """A configuration as one attention sees it: with its own head count, everything else as it is or becomes."""
+    """A configuration with another head count; everything else is what it is or becomes."""
 
     def __init__(self, config: Any, num_attention_heads: int) -> None:
         self.config: Any = config.config if isinstance(config, _ConfigOfLayer) else config
@@ -252,7 +253,19 @@ class _RaggedConfig(PreTrainedConfig):
 
     def validate(self) -> None:
         """Leaves out the family's own checks, which read one head count for all layers."""
-        PreTrainedConfig.validate(self)  # type: ignore[attr-defined]  # Added by a decorator.
+        with _alike(self):
+            PreTrainedConfig.validate(self)  # type: ignore[attr-defined]  # Added by a decorator.
+
+
+@contextmanager
+def _alike(config: PreTrainedConfig) -> Iterator[None]:
+    """Lets code that knows one width for all layers read that of the dense model."""
+    widths = config.to_dict().get("per_layer_config")
+    config.per_layer_config = None
+    try:
+        yield
+    finally:
+        config.per_layer_config = widths
 
 
 class _RaggedModel(PreTrainedModel):
@@ -261,12 +274,12 @@ class _RaggedModel(PreTrainedModel):
     layout: Layout
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        # The stock constructors read one width for all layers; what they build is replaced right after.
-        widths = config.to_dict().get("per_layer_config")
-        config.per_layer_config = None
-        super().__init__(config, *args, **kwargs)
-        config.per_layer_config = widths
-        for block, layer in zip(self.get_decoder().layers, config.per_layer_config, strict=True):
+        with _alike(config):  # What the stock constructors build is replaced right after.
+            super().__init__(config, *args, **kwargs)
+            decoder = self.get_decoder()
+            if hasattr(decoder, "rotary_emb"):  # Some kinds ask for the head count at each forward pass.
+                decoder.rotary_emb.config = _ConfigOfLayer(config, config.num_attention_heads)
+        for block, layer in zip(decoder.layers, config.per_layer_config, strict=True):
             if layer.num_attention_heads:
                 _resize_attention(block, self.layout, layer)
             else:

@@ -54,7 +54,7 @@ def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: Prunin
         NumpruneError: If writing fails, for want of space for example; nothing is left behind.
     """
     form = as_stock(model)
-    pruned: Any = form.model or _as_ragged(model)
+    pruned: Any = form.model or as_ragged(model)
     pruned.to(load_config(source).dtype)
     if is_first():
         _write(pruned, model, output, source=source, plan=plan, input_ids=input_ids)
@@ -78,7 +78,7 @@ def _write(
         raise NumpruneError(f"{output} cannot be written: {error}. Nothing is left behind.") from error
 
 
-def _as_ragged(model: PreTrainedModel) -> PreTrainedModel:
+def as_ragged(model: PreTrainedModel) -> PreTrainedModel:
     """The same tensors in the class that a checkpoint with layers of different widths loads into."""
     config_class, model_class = FAMILIES[family(model.config)]
     config_class.register_for_auto_class()

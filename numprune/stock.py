@@ -56,7 +56,7 @@ def as_stock(model: PreTrainedModel) -> Form:
     try:
         stock = _with_tensors_of(model, own, settings)
         return Form(stock, "all layers have the same widths" if stock else _NO_PLACE)
-    except StrictDataclassError as error:
+    except (StrictDataclassError, ValueError) as error:  # Of the configuration, or of the attention's constructor.
         refusal = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ").rstrip(".")
     if own in _SISTERS:
         name, changes = _SISTERS[own]

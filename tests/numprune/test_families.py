@@ -60,6 +60,16 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "gemma3_text": Gemma3TextConfig(**_SMALL | _ALTERNATING, query_pre_attn_scalar=4),
     "phi3": Phi3Config(**_SMALL | _PARTIAL_ROTARY, sliding_window=8),
+    "phi3-long": Phi3Config(
+        **_SMALL | {"max_position_embeddings": 128},
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [2.0, 3.0],
+            "original_max_position_embeddings": 16,
+        },
+    ),
     "olmo2": Olmo2Config(**_SMALL | _MULTI_HEAD, attention_bias=True),
     "olmo3": Olmo3Config(**_SMALL | _ALTERNATING),
     "stablelm": StableLmConfig(**_SMALL | _PARTIAL_ROTARY, use_qkv_bias=True, qk_layernorm=True),

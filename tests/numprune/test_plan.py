@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from numprune.architectures import all_groups
 from numprune.errors import NumpruneError
-from numprune.plan import FORMAT, PruningPlan, Source, _from_ranges, _to_ranges, make_plan
+from numprune.plan import FORMAT, PruningPlan, Source, _from_ranges, make_plan, to_ranges
 from numprune.ranking import Ranking
 from numprune.recipe import Recipe
 from numprune.statistics import Measured
@@ -79,11 +79,11 @@ def test_a_group_may_keep_nothing(plan, tmp_path):
 @given(st.sets(st.integers(0, 99)))
 def test_ranges_are_lossless(indices):
     ascending = sorted(indices)
-    assert _from_ranges(_to_ranges(ascending), 100) == tuple(ascending)
+    assert _from_ranges(to_ranges(ascending), 100) == tuple(ascending)
 
 
 def test_ranges_read_well():
-    assert _to_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+    assert to_ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 
 def test_another_model_is_refused(plan, groups):
