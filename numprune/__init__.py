@@ -5,6 +5,7 @@ Importing this package lets `AutoModelForCausalLM.from_pretrained` load pruned c
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import numprune.llamagen  # noqa: F401 - Adds its family.
 from numprune.ragged import FAMILIES
 
 for _config, _model in FAMILIES.values():

@@ -32,6 +32,7 @@ from numprune.checkpoint import (
     weight_bytes,
 )
 from numprune.checkpoint import fingerprint as model_fingerprint
+from numprune.convert_commands import app as convert_app
 from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.errors import NumpruneError, reported
@@ -57,6 +58,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+
+app.add_typer(convert_app, name="convert")
 
 PLUGINS = "numprune.commands"
 

@@ -245,7 +245,9 @@ def cut_norm(block: nn.Module, path: str, kept: Tensor) -> None:
         setattr(norm, name, nn.Parameter(parameter[kept].contiguous(), requires_grad=parameter.requires_grad))
 
 
-class _RaggedConfig(PreTrainedConfig):
+class RaggedConfig(PreTrainedConfig):
+    """What a family's configuration needs to describe layers of different widths."""
+
     consumer_bias: bool = False
 
     def validate_architecture(self) -> None:
@@ -268,7 +270,7 @@ def _alike(config: PreTrainedConfig) -> Iterator[None]:
         config.per_layer_config = widths
 
 
-class _RaggedModel(PreTrainedModel):
+class RaggedModel(PreTrainedModel):
     """Builds the family's stock model, then gives the projections of every layer their own widths."""
 
     layout: Layout
@@ -328,8 +330,8 @@ def _ragged_classes(layout: Layout) -> tuple[type[PreTrainedConfig], type[PreTra
     """RaggedLlamaConfig and RaggedLlamaForCausalLM for LLaMA, and so on; transformers finds them by name."""
     stock: Any = layout.stock
     settings = {"model_type": f"ragged_{stock.config_class.model_type}"}
-    config = _subclass(_RaggedConfig, stock.config_class, settings)
-    return config, _subclass(_RaggedModel, stock, {"config_class": config, "layout": layout})
+    config = _subclass(RaggedConfig, stock.config_class, settings)
+    return config, _subclass(RaggedModel, stock, {"config_class": config, "layout": layout})
 
 
 def _subclass(first: type, stock: type, attributes: dict[str, Any]) -> Any:

@@ -42,6 +42,8 @@ def family(config: PreTrainedConfig) -> str:
 
 def as_stock(model: PreTrainedModel) -> Form:
     """The same tensors in a stock class, if there is one that gives the same logits."""
+    if not LAYOUTS[family(model.config)].stock.__module__.startswith("transformers."):
+        return Form(None, f"transformers has no class of the family {family(model.config)}")
     widths = layer_widths(model)
     if any(0 in layer.values() for layer in widths):
         return Form(None, "whole modules are gone, which no stock class knows")

@@ -177,6 +177,30 @@ class Evaluation(_Section):
     questions: Count | None = Field(default=None, description="Of each task at most; null: all.")
 
 
+class ImageFeatures(_Section):
+    """The classifier whose features images are compared by."""
+
+    kind: Literal["digits", "inception"] = Field(description="See tasks/images/features.py.")
+    weights: str = Field(description="Its weights: a file.")
+
+
+class Images(_Section):
+    """Models that write images: how images are drawn, and what they are compared with."""
+
+    calibration_per_condition: Count = Field(
+        default=128, description="Images drawn for each class or caption to calibrate on, seeded by calibration.seed."
+    )
+    data: str = Field(description="Held-out images to measure perplexity on: .safetensors with input_ids.")
+    reference: str = Field(description="Reference statistics: .npz in ADM's form.")
+    features: ImageFeatures
+    samples: Count = Field(default=1000, description="Images drawn to compare, of all conditions in turn.")
+    guidance_scale: float = Field(default=1.0, ge=1, description="Of classifier-free guidance; 1: none.")
+    temperature: float = Field(default=1.0, gt=0, description="Of the draw.")
+    top_k: int = Field(default=0, ge=0, description="Only so many most likely tokens are drawn from; 0: all.")
+    seed: int = Field(default=0, description="Of the images that are compared.")
+    batch_size: Count = Field(default=100, description="Images drawn together; which are drawn depends on it.")
+
+
 class Benchmark(_Section):
     """Greedy generation, dense and pruned in alternation."""
 
@@ -300,25 +324,55 @@ class ReferenceShape(_Section):
     length: Count = 512
 
 
-class ReferenceTraining(_Section):
-    """Training of the reference model."""
+class Training(_Section):
+    """Training of a reference model."""
 
-    packages: list[str] = Field(min_length=1, description="Packages whose documentation is the training text.")
     steps: Count = 3000
     batch: Count = Field(default=16, description="Sequences a step.")
     warmup_steps: Count = 100
     muon_rate: float = Field(default=4e-3, gt=0, description="Peak learning rate of the matrices.")
     adamw_rate: float = Field(default=4e-3, gt=0, description="Peak learning rate of embeddings and norms.")
+    weight_decay: float = Field(default=0.05, ge=0, description="Of the matrices.")
     checkpoint_steps: Count = Field(default=100, description="Steps between two checkpoints.")
     compile: bool = Field(default=True, description="Fuse the step by torch.compile, which needs a C++ compiler.")
     seed: int = 0
 
 
+class ReferenceTraining(Training):
+    """Training of the reference language model."""
+
+    packages: list[str] = Field(min_length=1, description="Packages whose documentation is the training text.")
+
+
 class Reference(_Section):
-    """The model that ships with the repository and how it is trained (`flows/train_reference.py`)."""
+    """The language model that ships with the repository and how it is trained (`flows/train_reference.py`)."""
 
     shape: ReferenceShape = ReferenceShape()
     training: ReferenceTraining
+
+
+class ReferenceImageShape(_Section):
+    """Shape of the reference image model, a LlamaGen."""
+
+    hidden: Count = 128
+    intermediate: Count = 352
+    layers: Count = 4
+    heads: Count = 4
+
+
+class ReferenceImageTraining(Training):
+    """Training of the reference image model."""
+
+    held_out: Count = Field(default=500, description="Digits that are not trained on.")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Of embeddings and of what each module adds.")
+    condition_dropout: float = Field(default=0.1, ge=0, lt=1, description="Share of digits trained without class.")
+
+
+class ReferenceImages(_Section):
+    """The image model that ships with the repository and how it is trained (`flows/train_reference_images.py`)."""
+
+    shape: ReferenceImageShape = ReferenceImageShape()
+    training: ReferenceImageTraining = ReferenceImageTraining()
 
 
 class Parameters(_Section):
@@ -341,6 +395,7 @@ class Parameters(_Section):
     compute: Compute = Compute()
     recipe: RecipeChoice = RecipeChoice()
     evaluation: Evaluation
+    images: Images
     benchmark: Benchmark = Benchmark()
     registry: Registry = Registry()
     promotion: Promotion = Promotion()
@@ -348,6 +403,7 @@ class Parameters(_Section):
     watch: Watch = Watch()
     orchestration: Orchestration = Orchestration()
     reference: Reference
+    reference_images: ReferenceImages = ReferenceImages()
 
     @model_validator(mode="after")
     def _training_apart(self) -> "Parameters":

@@ -18,6 +18,7 @@ from transformers import (
 
 from numprune.budget import Budget, to_remove
 from numprune.choice import Choice, choose_units
+from numprune.llamagen import LlamaGenConfig
 from numprune.recipe import Recipe
 from numprune.statistics import Measured
 
@@ -43,6 +44,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral-window": MistralConfig(**SIZES, sliding_window=8),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
+    # The ids below 300 are image tokens, those of the conditions come after them.
+    "llamagen": LlamaGenConfig(**SIZES | {"num_key_value_heads": 8}, codebook_size=300, grid_size=8, num_classes=10),
 }
 
 

@@ -33,6 +33,7 @@ from transformers import (
 from numprune.architectures import all_groups, decoder_blocks, linear
 from numprune.capture import capture
 from numprune.checkpoint import load_model
+from numprune.llamagen import LlamaGenConfig
 from numprune.parity import slice_units, zero_units
 from numprune.plan import GroupPlan, PruningPlan, Source, make_plan
 from numprune.pruning import apply_plan, capture_to
@@ -78,6 +79,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "cohere2": Cohere2Config(**_SMALL | _ALTERNATING, attention_bias=True),
     "gpt_neox": GPTNeoXConfig(**_SMALL | _PARTIAL_ROTARY),
     "gpt_neox-sequential": GPTNeoXConfig(**_SMALL, use_parallel_residual=False, attention_bias=False),
+    "llamagen": LlamaGenConfig(**_SMALL | _MULTI_HEAD, codebook_size=64, grid_size=8, num_classes=10),
     "opt": OPTConfig(**_SMALL, ffn_dim=40, word_embed_proj_dim=32),
 }
 assert {config.model_type for config in CONFIGS.values()} == LAYOUTS.keys()

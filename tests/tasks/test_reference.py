@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from numprune.errors import NumpruneError
-from tasks import reference
+from tasks import reference, training
 from tasks.parameters import ReferenceShape, ReferenceTraining
 
 SHAPE = ReferenceShape(
@@ -27,8 +27,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_the_model_learns_and_loads(corpus: Path, tmp_path: Path) -> None:
-    training = TRAINING.model_copy(update={"steps": 60})
-    result = reference.train_reference(corpus, tmp_path / "model", SHAPE, training)
+    longer = TRAINING.model_copy(update={"steps": 60})
+    result = reference.train_reference(corpus, tmp_path / "model", SHAPE, longer)
     assert result["tokens"] == 60 * 4 * 32
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     rows = AutoTokenizer.from_pretrained(tmp_path / "model")(Path(__file__).read_text(encoding="utf-8"))["input_ids"]
@@ -42,7 +42,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference.train_reference(corpus, tmp_path / "whole", SHAPE, TRAINING)
-    step, calls = reference._step, iter(range(100))
+    step, calls = training._step, iter(range(100))
 
     def interrupted_at_the_fourth(*arguments):
         if next(calls) == 3:
@@ -50,7 +50,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
         return step(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(reference, "_step", interrupted_at_the_fourth)
+        patched.setattr(training, "_step", interrupted_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
             reference.train_reference(corpus, tmp_path / "model", SHAPE, TRAINING)
     assert not (tmp_path / "model").exists()
