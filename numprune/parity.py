@@ -26,6 +26,8 @@ from numprune.architectures import (
     after_blocks,
     all_groups,
     decoder_blocks,
+    decoder_output,
+    layout_of,
     linear,
     logits,
     prunable_groups,
@@ -128,6 +130,8 @@ def check_parity(model: PreTrainedModel, *, seed: int = 0) -> Iterator[Finding]:
         "nothing removed: the same logits": lambda: _same(logits_of(slice_units, every), model(input_ids).logits),
         "units removed: the logits of the model with them at zero": lambda: same_logits(some),
         "whole modules removed: the same": lambda: same_logits(without),
+        "a block adds what its modules give, behind their post-norms": lambda: _stream_adds_up(model, input_ids),
+        "the last norm multiplies by its weight and the family's offset": lambda: _norm_scales(model, input_ids),
         "block by block: the logits of one forward pass": lambda: _same(
             _block_by_block(model, input_ids), model(input_ids).logits
         ),
@@ -188,9 +192,40 @@ def _block_by_block(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     (hidden,), arguments = enter(model, (input_ids,), model.device)
     for block, given in zip(decoder_blocks(model), arguments[len(input_ids)], strict=True):
         hidden = block(hidden, **given)
-    for module in after_blocks(model):
-        hidden = module(hidden)
-    return logits(model, hidden)
+    return logits(model, decoder_output(model, hidden))
+
+
+def _stream_adds_up(model: PreTrainedModel, input_ids: Tensor) -> str:
+    (hidden,), arguments = enter(model, (input_ids,), model.device)
+    added: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        added.append(output.view_as(hidden))
+
+    total, reached = [], []
+    for block, groups, given in zip(
+        decoder_blocks(model), prunable_groups(model), arguments[len(input_ids)], strict=True
+    ):
+        added.clear()
+        hooks = [block.get_submodule(group.post_norm or group.consumer).register_forward_hook(keep) for group in groups]
+        after = block(hidden, **given)
+        for hook in hooks:
+            hook.remove()
+        total.append(hidden + sum(added))
+        reached.append(after)
+        hidden = after
+    return _same(torch.stack(total), torch.stack(reached))
+
+
+def _norm_scales(model: PreTrainedModel, input_ids: Tensor) -> str:
+    norm: Any = copy.deepcopy(after_blocks(model)[0])
+    states = model.get_input_embeddings()(input_ids)
+    bias = getattr(norm, "bias", None)
+    shift = 0.0 if bias is None else bias
+    expected = 2 * (norm(states) - shift) + shift
+    offset = layout_of(model.config).norm_offset
+    norm.weight.copy_(2 * (norm.weight + offset) - offset)
+    return _same(norm(states), expected)
 
 
 def _all_accounted_for(model: PreTrainedModel) -> str:

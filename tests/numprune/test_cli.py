@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
@@ -12,12 +13,14 @@ from typer.testing import CliRunner
 
 from numprune.architectures import KINDS, all_groups, prunable_groups
 from numprune.calibration import evaluation_windows
-from numprune.cli import PLUGINS, _plan_table, add_plugins
+from numprune.cli import PLUGINS, _plan_table, add_plugins, app
 from numprune.errors import NumpruneError
 from numprune.perplexity import perplexity, window_losses
 from numprune.plan import Choice, Source, make_plan
+from numprune.ragged import LAYOUTS
 from numprune.recipe import RECIPES
 from numprune.slicing import slice_block
+from tests.numprune.conftest import CONFIGS
 
 
 def numprune(*arguments):
@@ -47,6 +50,23 @@ def test_prune_then_perplexity(pruning, text_file, tmp_path):
     assert printed["perplexity"] == pytest.approx(expected, rel=1e-4)
     assert printed["windows"] == len(windows)
     assert printed["protocol"]["bos_token"] == "none added"
+
+
+def test_check_says_what_holds_and_what_it_found(make_checkpoint):
+    done = numprune("check", make_checkpoint())
+    assert done.returncode == 0, done.stderr
+    assert "family llama, 3 blocks" in done.stdout
+    assert "FAILS" not in done.stdout
+    assert "MistralForCausalLM: llama's stock configuration refuses the head count" in done.stdout
+
+
+def test_check_needs_no_weights_and_fails_where_the_layout_is_wrong(tmp_path, monkeypatch):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    monkeypatch.setitem(LAYOUTS, "llama", replace(LAYOUTS["llama"], norm_offset=1.0))
+    result = CliRunner().invoke(app, ["check", str(tmp_path), "--random"])
+    assert result.exit_code == 1
+    assert "FAILS  the last norm multiplies by its weight" in result.output
+    assert "see docs/architectures.md" in result.output
 
 
 def test_plan_writes_no_weights(pruning, tmp_path):

@@ -30,14 +30,18 @@ from transformers import (
     StableLmConfig,
 )
 
-from numprune.architectures import all_groups, decoder_blocks, linear
+from numprune.architectures import after_blocks, all_groups, check_supported, decoder_blocks, layout_of, linear
 from numprune.capture import capture
 from numprune.checkpoint import load_model
+from numprune.cutting import cut
+from numprune.errors import NumpruneError
 from numprune.llamagen import LlamaGenConfig
-from numprune.parity import slice_units, zero_units
+from numprune.miniature import miniature
+from numprune.parity import check_parity, slice_units, stock_shapes, zero_units
+from numprune.perplexity import window_losses
 from numprune.plan import GroupPlan, PruningPlan, Source, make_plan
 from numprune.pruning import apply_plan, capture_to
-from numprune.ragged import LAYOUTS
+from numprune.ragged import LAYOUTS, Projections
 from numprune.recipe import RECIPES
 from numprune.saving import save_pruned
 from numprune.statistics import Measured
@@ -164,6 +168,25 @@ def test_nothing_removed_is_the_same_model(model, input_ids):
 
 
 @torch.no_grad()
+def test_recovery_of_a_whole_model_changes_next_to_nothing(model, input_ids, tmp_path):
+    list(capture_to(tmp_path, model, input_ids, batch_size=4))
+    every = {group.name: torch.arange(group.units) for group in all_groups(model)}
+    recovered = copy.deepcopy(model)
+    list(cut(recovered, every, Measured(tmp_path, input_ids, batch_size=4), recovery="refit"))
+    expected = model(input_ids).logits
+    assert (recovered(input_ids).logits - expected).norm() < 1e-5 * expected.norm()
+
+
+@torch.no_grad()
+def test_losses_are_those_of_a_whole_forward_pass(model, input_ids):
+    """Scales and soft caps of the logits count."""
+    scores = model(input_ids).logits[:, :-1].float()
+    expected = torch.nn.functional.cross_entropy(scores.transpose(1, 2), input_ids[:, 1:], reduction="none").sum(1)
+    found = torch.cat(list(window_losses(model, input_ids, batch_size=4)))
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
 def test_block_by_block_equals_one_forward_pass(model, input_ids):
     seen = {}
     for group in all_groups(model):
@@ -238,3 +261,65 @@ for name in {list(CONFIGS)}:
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     found = [json.loads(line) for line in printed.splitlines()]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+
+
+@torch.no_grad()
+def test_the_last_norm_is_the_best_factor_of_every_channel(model, kept, input_ids, tmp_path):
+    """Against least squares, channel by channel, of what the norm gives before it adds its bias."""
+    list(capture_to(tmp_path, model, input_ids, batch_size=4))
+    pruned = copy.deepcopy(model)
+    list(cut(pruned, kept, Measured(tmp_path, input_ids, batch_size=4), recovery="refit"))
+    norm, offset = after_blocks(pruned)[0], layout_of(model.config).norm_offset
+    own, refitted = after_blocks(model)[0].weight + offset, norm.weight + offset
+    bias = getattr(norm, "bias", None)
+    norm.weight.copy_(own - offset)
+    found, wanted = (
+        m.get_decoder()(input_ids).last_hidden_state.flatten(0, 1) - (0 if bias is None else bias)
+        for m in (pruned, model)
+    )
+    factors = [
+        torch.linalg.lstsq(f[:, None], w[:, None]).solution.item() for f, w in zip(found.T, wanted.T, strict=True)
+    ]
+    torch.testing.assert_close(refitted, own * torch.tensor(factors), rtol=1e-5, atol=1e-6)
+    assert (refitted - own).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_miniature_has_the_features_of_its_configuration_and_passes_the_check(name):
+    large = copy.deepcopy(CONFIGS[name])
+    small = miniature(large)
+    assert all(finding.holds for finding in check_parity(small))
+    assert large.to_dict() == CONFIGS[name].to_dict()
+    assert set(stock_shapes(small)) == {"fewer channels", "fewer heads"}
+
+
+_NEOX = LAYOUTS["gpt_neox"].attention
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake", "claim"),
+    [
+        ("phi3", {"attention": Projections({"self_attn.qkv_proj": "q+k+v"}, "self_attn.o_proj")}, "units removed"),
+        ("gpt_neox", {"attention": replace(_NEOX, producers={"attention.query_key_value": "q|k|v"})}, "units removed"),
+        ("llama", {"mlp": Projections({"mlp.up_proj": "up"}, "mlp.down_proj")}, "every weight"),
+        ("cohere", {"attention": LAYOUTS["llama"].attention}, "every weight"),
+        ("olmo2", {"attention": replace(LAYOUTS["olmo2"].attention, joint_norms=())}, "units removed"),
+        ("gemma2", {"mlp": LAYOUTS["llama"].mlp}, "a block adds"),
+        ("gemma2", {"norm_offset": 0.0}, "the last norm"),
+    ],
+)
+def test_the_check_finds_mistakes_in_a_layout(monkeypatch, name, mistake, claim):
+    monkeypatch.setitem(LAYOUTS, name, replace(LAYOUTS[name], **mistake))
+    failed = [finding.claim for finding in check_parity(miniature(CONFIGS[name])) if not finding.holds]
+    assert any(found.startswith(claim) for found in failed)
+
+
+def test_a_path_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "opt", replace(LAYOUTS["opt"], mlp=Projections({"mlp.fc1": "up"}, "mlp.fc2")))
+    with pytest.raises(NumpruneError, match=r"OPTDecoderLayer has no mlp: its family's layout is not right"):
+        all_groups(miniature(CONFIGS["opt"]))
+
+
+def test_what_a_family_cannot_do_is_refused():
+    with pytest.raises(NumpruneError, match="do_layer_norm_before=False is not supported"):
+        check_supported(OPTConfig(do_layer_norm_before=False))

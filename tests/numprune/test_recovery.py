@@ -9,10 +9,11 @@ from numprune.architectures import all_groups, linear, prunable_groups
 from numprune.plan import Source, make_plan
 from numprune.pruning import apply_plan, capture_to, prunable_parameters
 from numprune.recipe import Recipe
-from numprune.recovery import RIDGE, Recovery, Streams
+from numprune.recovery import NORM_DAMPING, RIDGE, Recovery, Streams
 from numprune.slicing import slice_block
 from numprune.statistics import Measured
-from tests.numprune.conftest import choose
+from tests.numprune.conftest import choose, random_model
+from tests.numprune.test_families import CONFIGS as FAMILIES
 
 SOURCE = Source("test", None, "", "")
 
@@ -35,7 +36,7 @@ def observed(block, path, states, arguments):
     def keep(_module, inputs, output):
         seen["input"], seen["output"] = inputs[0].flatten(0, -2).double(), output.flatten(0, -2).double()
 
-    hook = linear(block, path).register_forward_hook(keep)
+    hook = block.get_submodule(path).register_forward_hook(keep)
     with torch.no_grad():
         seen["after"] = block(states, **arguments)
     hook.remove()
@@ -80,6 +81,63 @@ def test_first_blocks_equations_are_solved(model, plan, input_ids, gone):
         after["pruned"] = after["pruned"] + cut["input"] @ weight.T + bias
         torch.testing.assert_close(linear(pruned, group.consumer).weight, layer.weight, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(streams._pruned[0].flatten(0, -2).double(), after["pruned"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo3"])
+def test_behind_a_consumer_a_norm_is_made_linear(name):
+    """Attention and MLP of the first block against least squares on whole matrices."""
+    model = random_model(FAMILIES[name])
+    block, groups = model.model.layers[0], prunable_groups(model)[0]
+    kept = {group.name: torch.arange(1 + group.units // 2) for group in groups}
+    input_ids = torch.randint(64, (12, 24), generator=torch.Generator().manual_seed(1))
+    streams = Streams(model, input_ids, batch_size=len(input_ids), device=torch.device("cpu"))
+    (states,), arguments = streams._dense, streams._arguments[len(input_ids)][0]
+    pruned = copy.deepcopy(block)
+    slice_block(pruned, groups, kept)
+    expected = copy.deepcopy(pruned)
+    streams.recover(block, pruned, groups, kept, refit=False)
+
+    dense = cut = states.flatten(0, -2).double()
+    for group in groups:
+        norm = block.get_submodule(group.post_norm)
+        gain = norm.weight.detach().double() + (name == "gemma2")
+        given, added = (observed(block, group.post_norm, states, arguments)[key] for key in ("input", "output"))
+        size = (given.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        dense = dense + added
+        correction = gain * (dense - cut - added) / (gain.square() + NORM_DAMPING * gain.square().mean())
+        inputs = observed(expected, group.consumer, states, arguments)["input"]
+        layer = linear(expected, group.consumer)
+        weight = ridge_regression(inputs / size, given / size + correction, layer.weight.detach())
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        cut = cut + observed(expected, group.post_norm, states, arguments)["output"]
+        torch.testing.assert_close(linear(pruned, group.consumer).weight, layer.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_norms_over_all_heads_make_up_for_heads_that_are_gone():
+    """A head with large queries and keys was a part of the mean square; without it the others come out too large."""
+    model = random_model(FAMILIES["olmo2"])
+    block, groups = model.model.layers[0], prunable_groups(model)[0]
+    attention = groups[0]
+    kept = {attention.name: torch.arange(1, attention.units), groups[1].name: torch.arange(groups[1].units)}
+    with torch.no_grad():
+        for producer in attention.producers[:2]:
+            linear(block, producer.path).weight[attention.rows(producer, torch.tensor([0]))] *= 10
+    input_ids = torch.randint(64, (12, 24), generator=torch.Generator().manual_seed(1))
+    streams = Streams(model, input_ids, batch_size=4, device=torch.device("cpu"))
+    states, arguments = next(iter(streams._dense)), streams._arguments[4][0]
+    pruned = copy.deepcopy(block)
+    slice_block(pruned, groups, kept)
+    columns = attention.columns(kept[attention.name])
+    wanted = {path: observed(block, path, states, arguments)["output"][:, columns] for path in attention.joint_norms}
+
+    def error(path):
+        return (observed(pruned, path, states, arguments)["output"] - wanted[path]).norm() / wanted[path].norm()
+
+    before = {path: error(path) for path in wanted}
+    streams.recover(block, pruned, groups, kept, refit=True)
+    for path in wanted:
+        assert error(path) < 0.5 * before[path]
 
 
 def test_producers_are_fitted_to_the_kept_rows(model, plan, input_ids):
