@@ -1,7 +1,5 @@
 """Small random models of a family: what is true of the shapes of a large model can be tried in a second."""
 
-import copy
-
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -52,14 +50,12 @@ def _small(config: PreTrainedConfig) -> PreTrainedConfig:
         "word_embed_proj_dim": queries * head_dim,
         "num_hidden_layers": layers,
         "vocab_size": _VOCABULARY,
+        "codebook_size": _VOCABULARY,
         "sliding_window": _WINDOW,
         "layer_types": types[:layers],
         "no_rope_layers": list(getattr(config, "no_rope_layers", None) or [])[:layers],
     }
-    small = copy.deepcopy(config)
-    for name, value in sizes.items():
-        if getattr(config, name, None):  # What the family does not have, or has switched off, stays so.
-            setattr(small, name, value)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(small, name, None)
-    return small
+    # What the family does not have, or has switched off, stays so.
+    smaller = {name: value for name, value in sizes.items() if getattr(config, name, None)}
+    no_tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    return type(config).from_dict(config.to_dict() | smaller | no_tokens)
