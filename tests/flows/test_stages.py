@@ -11,8 +11,8 @@ from flows.progress import artifact_key
 from flows.stages import Ending, Progress, run_stage, stage_graph
 from tests.flows.conftest import ROOT
 
-# They change no result: messages, progress lines, renaming of finished files.
-PLUMBING = {"errors", "files", "progress"}
+# They change no result: messages, progress lines, renaming of finished files, where hidden states and work lie.
+PLUMBING = {"errors", "files", "memory", "progress", "resume"}
 
 RUNNING = """Running stage 'score@small':
 > python -m tasks.score small

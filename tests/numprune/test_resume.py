@@ -1,0 +1,92 @@
+"""Work that was killed goes on where it stopped, and what comes out is the same bit by bit."""
+
+import multiprocessing
+import signal
+import sys
+import time
+
+import pytest
+
+from numprune.errors import NumpruneError
+from numprune.resume import unfinished, writing
+from tests.numprune.conftest import CONFIGS
+
+# Processes that begin with everything imported.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["numprune.cli", "transformers.models.llama.modeling_llama"])
+
+
+def prune(arguments, log):
+    from numprune.cli import app
+
+    with log.open("w", encoding="utf-8") as sys.stderr:
+        app(["prune", *map(str, arguments)], standalone_mode=False)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def work_folder(output):
+    return next(output.parent.glob(f".{output.name}.*.work"), None)
+
+
+def run(arguments, output, kill_when=None):
+    """Prunes in a process of its own, which is killed as soon as its work folder holds such a file; what it printed."""
+    log = output.with_suffix(".log")
+    process = CONTEXT.Process(target=prune, args=([*arguments, "--output", output], log))
+    process.start()
+    while kill_when and process.is_alive():
+        folder = work_folder(output)
+        if folder and next(folder.glob(kill_when), None):
+            process.kill()
+        time.sleep(0.001)
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if kill_when else 0), log.read_text(encoding="utf-8")
+    return log.read_text(encoding="utf-8")
+
+
+def test_killed_at_every_stage(make_checkpoint, text_file, tmp_path):
+    """In the capture, the rankings of both steps, the cut and the capture between them, and the recovery."""
+    config = CONFIGS["llama"].__class__(**CONFIGS["llama"].to_dict() | {"num_hidden_layers": 12})
+    options = ["--ratio", "0.3", "--calibration", text_file, "--samples", "8", "--length", "32", "--steps", "2"]
+    arguments = [make_checkpoint(config), *options]
+    run(arguments, tmp_path / "whole")
+    output = tmp_path / "killed"
+    stages = ["statistics/block-004*", "step-1/rankings-000*", "step-2/pruned-006*", "step-2/block-007*"]
+    for pattern in [*stages, "step-2/rankings-000*", "pruned-003*", "pruned-009*"]:
+        run(arguments, output, kill_when=pattern)
+    printed = run(arguments, output)
+    assert [stage for stage in ("capture", "rank", "recover") if stage in printed] == []  # Done before, all of it.
+    assert contents(output) == contents(tmp_path / "whole")
+    assert work_folder(output) is None
+
+
+def test_work_for_something_else_is_not_continued(tmp_path):
+    with pytest.raises(RuntimeError), unfinished(tmp_path / "out", ratio=0.2) as first:
+        raise RuntimeError
+    assert first.exists()
+    with unfinished(tmp_path / "out", ratio=0.3) as second:
+        assert not first.exists()
+        assert second.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_known_by_size_and_time(tmp_path):
+    (tmp_path / "weights").write_bytes(b"one")
+    with pytest.raises(RuntimeError), unfinished(tmp_path / "out", files=tmp_path / "weights") as first:
+        raise RuntimeError
+    (tmp_path / "weights").write_bytes(b"other")
+    with unfinished(tmp_path / "out", files=tmp_path / "weights") as second:
+        assert first != second
+
+
+def test_a_full_disk_is_said_to_be_full_and_loses_nothing(tmp_path):
+    def work():
+        with unfinished(tmp_path / "out") as folder, writing(folder):
+            (folder / "done").touch()
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(NumpruneError, match="What is done stays there: free some space and run again to go on"):
+        work()
+    assert (work_folder(tmp_path / "out") / "done").exists()
