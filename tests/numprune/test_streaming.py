@@ -1,5 +1,8 @@
-import subprocess
+import multiprocessing
+import re
+import resource
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,7 +200,7 @@ def test_a_model_larger_than_memory_is_pruned(tmp_path, tokenizer, text_file):
     model.save_pretrained(folder, max_shard_size="4MB")
     tokenizer.save_pretrained(folder)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    assert size > 80e6
+    assert size > 75e6
     options = ["--ratio", "0.3", "--calibration", text_file, "--output", tmp_path / "out"]
     options += ["--samples", "4", "--length", "16", "--planning-samples", "1"]
     process = CONTEXT.Process(target=prune_within, args=(size // 2, [folder, *options], log))
