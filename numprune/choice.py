@@ -64,7 +64,7 @@ def rank_model(
     probe = None
     if recipe.allocation == "loss_aware" and first < len(blocks):
         tokens = measured.input_ids[: recipe.planning_samples]
-        if work:
+        if work:  # For hidden states.
             work.mkdir(parents=True, exist_ok=True)
         probe = LossProbe(model, tokens, batch_size=measured.batch_size, device=place, first=first, folder=work)
     for start in range(first, len(blocks), _BLOCKS_TOGETHER):

@@ -43,24 +43,29 @@ def removal_order(
         raise ValueError(f"at_once must be at least 1, got {at_once}")
     factor, _ = damped_cholesky(gram.double().clone(), damping, subject=subject)
     inverse = torch.cholesky_inverse(factor)
+    del factor
     rest = weight.double().T.clone()
     alive = torch.arange(units, device=weight.device)
     order = []
     while len(alive):
         costs = _costs(inverse, rest, channels)
-        gone = costs.topk(min(at_once, len(alive)), largest=False).indices
+        # Indices instead of masks: sizes are known, so a GPU is never waited for.
+        ranked = costs.argsort(stable=True)
+        gone, stays = ranked[:at_once], ranked[at_once:].sort().values
         order.append(alive[gone])
-        stays = torch.ones(len(alive), dtype=torch.bool, device=weight.device)
-        stays[gone] = False
         alive = alive[stays]
-        stays = stays.repeat_interleave(channels)
-        columns = (gone[:, None] * channels + torch.arange(channels, device=gone.device)).flatten()
+        columns, rows = _inputs(gone, channels), _inputs(stays, channels)
         across = inverse[:, columns]
-        solved = torch.linalg.solve(across[columns], torch.cat([across[stays].T, rest[columns]], dim=1))
-        taken, weights = solved.split([int(stays.sum()), rest.shape[1]], dim=1)
-        inverse = inverse[stays][:, stays] - across[stays] @ taken
-        rest = rest[stays] - across[stays] @ weights
+        solved = torch.linalg.solve(across[columns], torch.cat([across[rows].T, rest[columns]], dim=1))
+        taken, weights = solved.split([len(rows), rest.shape[1]], dim=1)
+        # In place: beside the inverse and what stays of it there is no third matrix of its size.
+        inverse = inverse.index_select(0, rows).index_select(1, rows).addmm_(across[rows], taken, alpha=-1)
+        rest = rest.index_select(0, rows).addmm_(across[rows], weights, alpha=-1)
     return torch.cat(order)
+
+
+def _inputs(units: Tensor, channels: int) -> Tensor:
+    return (units[:, None] * channels + torch.arange(channels, device=units.device)).flatten()
 
 
 def _costs(inverse: Tensor, rest: Tensor, channels: int) -> Tensor:
@@ -94,7 +99,7 @@ def loss_curve(
         ValueError: If shapes do not fit or an argument is out of range.
     """
     units = _check(gram, weight, channels)
-    inputs = (order.flip(0)[:, None] * channels + torch.arange(channels, device=order.device)).flatten()
+    inputs = _inputs(order.flip(0), channels)
     factor, _ = damped_cholesky(gram.double()[inputs][:, inputs], damping, subject=subject)
     losses = (factor.T @ weight.double()[:, inputs].T).square().sum(dim=1)
     losses = losses.view(units, channels).sum(dim=1).flip(0).cumsum(0)

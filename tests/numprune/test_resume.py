@@ -19,8 +19,8 @@ CONTEXT.set_forkserver_preload(["numprune.cli", "transformers.models.llama.model
 def prune(arguments, log):
     from numprune.cli import app
 
-    with log.open("w", encoding="utf-8") as sys.stderr:
-        app(["prune", *map(str, arguments)], standalone_mode=False)
+    sys.stderr = log.open("w", encoding="utf-8", buffering=1)  # As long as the process.
+    app(["prune", *map(str, arguments)], standalone_mode=False)
 
 
 def contents(folder):
