@@ -36,8 +36,8 @@ test: setup ## Format, lint, types, unit tests, then the pipeline tests.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not pipeline and not servers and not gpu"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "pipeline and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not pipeline and not servers and not gpu and not engines"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "pipeline and not gpu and not engines"
 
 train: setup ## Train the reference model again (an hour or more on a CPU).
 	@$(BIN)/python -m flows.train_reference

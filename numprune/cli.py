@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 from functools import wraps
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -235,6 +235,36 @@ def _groups_table(model: PreTrainedModel) -> Table:
     for description, blocks in alike.items():
         table.add_row(to_ranges(blocks), *description)
     return table
+
+
+export = typer.Typer(help="Writes a checkpoint in the format of another engine.", no_args_is_help=True)
+app.add_typer(export, name="export")
+
+
+@export.command("gguf")
+def export_to_gguf(
+    folder: Annotated[Path, typer.Argument(help="Folder of the checkpoint, pruned or dense.", metavar="DIR")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; it must not exist yet.")],
+    kind: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"], typer.Option("--type", help="Of the matrices; q8_0: 8 bits a weight.")
+    ] = "f16",
+    debug: Debug = False,
+) -> None:
+    """Writes a GGUF file for llama.cpp, tokenizer included.
+
+    Example:
+        numprune export gguf out/ -o out.gguf --type q8_0
+    """
+    try:
+        from numprune.export.llama_cpp import export_gguf
+    except ModuleNotFoundError as error:
+        raise NumpruneError(
+            f"This needs {error.name}, which is not installed: run `pip install 'numprune[gguf]'`."
+        ) from error
+    if output.exists():
+        raise NumpruneError(f"{output} exists already: choose another --output or remove it.")
+    architecture = export_gguf(fetch(str(folder)), output, kind=kind)
+    typer.echo(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, architecture {architecture}")
 
 
 def _needed_bytes(folder: Path) -> int:

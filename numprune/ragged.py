@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_MAPPING,
     Cache,
     Cohere2ForCausalLM,
     CohereForCausalLM,
@@ -334,6 +335,12 @@ def _ragged_classes(layout: Layout) -> tuple[type[PreTrainedConfig], type[PreTra
     return config, _subclass(RaggedModel, stock, {"config_class": config, "layout": layout})
 
 
+def _ragged_decoder(layout: Layout, config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    stock: Any = MODEL_MAPPING[layout.stock.config_class]  # type: ignore[index]  # Every stock class has one.
+    decoder: type[PreTrainedModel] = _subclass(RaggedModel, stock, {"config_class": config, "layout": layout})
+    return decoder
+
+
 def _subclass(first: type, stock: type, attributes: dict[str, Any]) -> Any:
     name = f"Ragged{stock.__name__}"
     about = {"__module__": __name__, "__doc__": f"{stock.__name__} with layers of different widths."}
@@ -344,4 +351,8 @@ def _subclass(first: type, stock: type, attributes: dict[str, Any]) -> Any:
 # By the model type of the dense family.
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     name: _ragged_classes(layout) for name, layout in LAYOUTS.items()
+}
+# The same without the output layer, which is how some engines load a model.
+DECODERS: dict[str, type[PreTrainedModel]] = {
+    name: _ragged_decoder(layout, FAMILIES[name][0]) for name, layout in LAYOUTS.items()
 }

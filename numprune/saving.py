@@ -9,12 +9,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from numprune import ragged
 from numprune.architectures import head_dim, layer_widths
 from numprune.checkpoint import CALIBRATION_FILE, PLAN_FILE, load_config
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from numprune.plan import PruningPlan
-from numprune.ragged import FAMILIES
+from numprune.ragged import DECODERS, FAMILIES
 from numprune.ranks import is_first, meet
 from numprune.samples import save_samples
 from numprune.shards import write_weights
@@ -80,12 +81,15 @@ def _write(
 
 def as_ragged(model: PreTrainedModel) -> PreTrainedModel:
     """The same tensors in the class that a checkpoint with layers of different widths loads into."""
-    config_class, model_class = FAMILIES[family(model.config)]
+    own = family(model.config)
+    config_class, model_class = FAMILIES[own]
     config_class.register_for_auto_class()
     model_class.register_for_auto_class("AutoModelForCausalLM")
     settings = model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "consumer_bias"):
         settings.pop(key, None)
+    if own in DECODERS:  # Saving adds only the classes that are registered above.
+        settings["auto_map"] = {"AutoModel": f"{Path(ragged.__file__).stem}.{DECODERS[own].__name__}"}
     settings["head_dim"] = head_dim(model)
     settings["per_layer_config"] = dict(enumerate(layer_widths(model)))
     state = model.state_dict()

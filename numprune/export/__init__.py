@@ -1,0 +1,1 @@
+"""Pruned checkpoints in the formats of other engines."""

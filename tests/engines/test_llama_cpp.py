@@ -1,0 +1,176 @@
+"""GGUF files in llama.cpp itself: the same tokens from text, and the same tokens after them, as with transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from numprune.architectures import decoder_blocks
+from numprune.errors import NumpruneError
+from numprune.export.gguf_tokenizer import _LLAMA3, _QWEN2
+from numprune.export.llama_cpp import export_gguf
+from numprune.ragged import remove_attention, remove_mlp
+from numprune.slicing import add_bias
+from tests.engines.conftest import PROMPTS, SHAPES, SIZES, LlamaCpp, greedy, reference
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama-scaled": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    "llama-linear": LlamaConfig(**SIZES, rope_parameters=LINEAR_ROPE),
+    "mistral": MistralConfig(**SIZES, sliding_window=64),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+}
+TEXT = (
+    "The model's 3rd layer isn't 1024 wide:\n\n\tx = [1, 22, 333, 4444]  # Größe, naïve, 模型, 🙂\r\n"
+    '    return self._weights["q_proj"]   \n\n\n  they\'ll don\u2019t <end> 12345678'
+)
+
+
+@torch.no_grad()
+def assert_same(folder: Path, file: Path, tolerance: float = 1e-2) -> None:
+    model, engine = reference(folder), LlamaCpp(file)
+    vocabulary = model.config.vocab_size
+    for prompt in PROMPTS:
+        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        torch.testing.assert_close(engine.next_token(prompt, vocabulary), expected, atol=tolerance, rtol=0)
+        assert engine.greedy(prompt) == greedy(model, prompt, never=[0])  # Its end token.
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_logits_and_tokens(prune, tmp_path, name, shape):
+    folder = prune(CONFIGS[name], shape)
+    if (name, shape) == ("qwen3", "ragged"):
+        with pytest.raises(NumpruneError, match="Prune with --uniform"):
+            export_gguf(folder, tmp_path / "model.gguf")
+        return
+    architecture = export_gguf(folder, tmp_path / "model.gguf", kind="f32")
+    family = CONFIGS[name].model_type.replace("mistral", "llama")
+    assert architecture == ("deci" if shape == "ragged" or family == "qwen2" else family)
+    assert_same(folder, tmp_path / "model.gguf")
+
+
+def test_biases_of_output_projections_and_absent_modules(prune, tmp_path):
+    def change(model):
+        blocks = decoder_blocks(model)
+        remove_attention(blocks[0], "self_attn", 32)
+        remove_mlp(blocks[1], "mlp.down_proj", ())
+        remove_mlp(blocks[2], "mlp.down_proj", ())
+        torch.manual_seed(0)
+        add_bias(blocks[0].mlp.down_proj, torch.randn(64))
+        add_bias(blocks[2].self_attn.o_proj, torch.randn(64))
+        return model
+
+    folder = prune(CONFIGS["llama"], "ragged", change)
+    assert export_gguf(folder, tmp_path / "model.gguf", kind="f32") == "deci"
+    assert_same(folder, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.05), ("bf16", 0.3), ("q8_0", 0.5)])
+def test_smaller_types_stay_close(prune, tmp_path, kind, tolerance):
+    folder = prune(CONFIGS["llama"], "ragged")
+    export_gguf(folder, tmp_path / "full.gguf", kind="f32")
+    export_gguf(folder, tmp_path / "model.gguf", kind=kind)
+    assert (tmp_path / "model.gguf").stat().st_size < 0.75 * (tmp_path / "full.gguf").stat().st_size
+    full, small = LlamaCpp(tmp_path / "full.gguf"), LlamaCpp(tmp_path / "model.gguf")
+    for prompt in PROMPTS:
+        difference = full.next_token(prompt, 300) - small.next_token(prompt, 300)
+        assert 0 < difference.abs().max() < tolerance
+
+
+def byte_level(steps: list) -> Tokenizer:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    bpe.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    return bpe
+
+
+def sentencepiece() -> Tokenizer:
+    """As LLaMA 2's: spaces are written as a character, unknown characters as bytes."""
+    alphabet = {f"<0x{value:02X}>": number for number, value in enumerate(range(256), start=3)}
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.train_from_iterator(
+        Path(__file__).read_text(encoding="utf-8").splitlines(), trainers.BpeTrainer(vocab_size=280, max_token_length=8)
+    )
+    learned = json.loads(trained.to_str())["model"]
+    vocabulary = {"<unk>": 0, "<s>": 1, "<end>": 2} | alphabet
+    for token in learned["vocab"]:
+        vocabulary.setdefault(token, len(vocabulary))
+    merges = [tuple(merge) for merge in learned["merges"]]
+    bpe = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.normalizer = trained.normalizer
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "<end>")])
+    return bpe
+
+
+def split(pattern: str) -> list:
+    isolated = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return [isolated, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
+TOKENIZERS = {
+    "gpt-2": lambda: byte_level([pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "smollm": lambda: byte_level(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama-bpe": lambda: byte_level(split(_LLAMA3)),
+    "qwen2": lambda: byte_level(split(_QWEN2)),
+    "sentencepiece": sentencepiece,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_same_tokens_from_text(prune, tmp_path, kind):
+    made = TOKENIZERS[kind]()
+    folder = prune(LlamaConfig(**SIZES | {"vocab_size": made.get_vocab_size() + 5}))
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>").save_pretrained(folder)
+    export_gguf(folder, tmp_path / "model.gguf")
+    engine, tokenizer = LlamaCpp(tmp_path / "model.gguf"), AutoTokenizer.from_pretrained(folder)
+    for text in (TEXT, *TEXT.splitlines(), Path(__file__).read_text(encoding="utf-8")[:2000]):
+        assert engine.tokenize(text) == tokenizer(text)["input_ids"]
+
+
+def test_what_cannot_be_exported_is_said(prune, tmp_path):
+    output = tmp_path / "model.gguf"
+    with pytest.raises(NumpruneError, match="family gemma2 is not exported"):
+        export_gguf(prune(Gemma2Config(**SIZES)), output)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    with pytest.raises(NumpruneError, match="of type yarn"):
+        export_gguf(prune(LlamaConfig(**SIZES, rope_parameters=yarn)), output)
+    folder = prune(CONFIGS["llama"])
+    lowercase = byte_level([pre_tokenizers.Whitespace()])
+    PreTrainedTokenizerFast(tokenizer_object=lowercase, eos_token="<end>").save_pretrained(folder)
+    with pytest.raises(NumpruneError, match=r"no name known here for text split by .*Whitespace"):
+        export_gguf(folder, output)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(NumpruneError, match=r"no tokenizer.json"):
+        export_gguf(folder, output)
+    assert not output.exists()
