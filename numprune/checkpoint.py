@@ -133,9 +133,8 @@ def open_model(folder: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
     outside = {name: (where[name], name) for name in state.keys() & where.keys() - in_blocks}
     model.load_state_dict(StoredTensors(outside, precision).read(), strict=False, assign=True)
     model.tie_weights()
-    lacking = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in in_blocks)
-    if lacking:
-        raise NumpruneError(f"{folder}: the weights lack {', '.join(lacking[:5])}.")
+    if any(tensor.is_meta and name not in in_blocks for name, tensor in model.state_dict().items()):
+        return load_model(folder, dtype=dtype)
     for index, block in enumerate(blocks):
         names = block.state_dict()
         store(block, {name: (where[f"{prefix}.{index}.{name}"], f"{prefix}.{index}.{name}") for name in names})

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from numprune import ragged
 from numprune.architectures import head_dim, layer_widths
@@ -69,7 +70,8 @@ def _write(
     try:
         with replace_on_success(output) as temporary:
             pruned.save_pretrained(temporary, state_dict={})  # Configuration and code.
-            write_weights(model, pruned.state_dict(), temporary, pruned.dtype)
+            state = revert_weight_conversion(pruned, pruned.state_dict())  # The names of the family's checkpoints.
+            write_weights(model, state, temporary, pruned.dtype)
             plan.save(temporary / PLAN_FILE)
             save_samples(input_ids, temporary / CALIBRATION_FILE)
             for pattern in _CARRIED_OVER:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
@@ -32,7 +33,7 @@ from transformers import (
 
 from numprune.architectures import after_blocks, all_groups, check_supported, decoder_blocks, layout_of, linear
 from numprune.capture import capture
-from numprune.checkpoint import load_model
+from numprune.checkpoint import load_model, open_model
 from numprune.cutting import cut
 from numprune.errors import NumpruneError
 from numprune.llamagen import LlamaGenConfig
@@ -233,6 +234,19 @@ def test_a_saved_model_comes_back_and_generates_with_its_cache(pruned, input_ids
     expected = model.generate(input_ids, attention_mask=mask, use_cache=False, **GREEDY)
     for cache in ({}, {"cache_implementation": "static"}):
         assert torch.equal(loaded.generate(input_ids, attention_mask=mask, **GREEDY, **cache), expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_names_in_checkpoints_are_the_familys(name, tmp_path):
+    """Read block by block, and written where equal widths make an ordinary one; GPT-NeoX's modules have other names."""
+    random_model(CONFIGS[name]).save_pretrained(tmp_path / "dense")
+    model, opened = load_model(tmp_path / "dense"), open_model(tmp_path / "dense")
+    losses = [torch.cat(list(window_losses(m, INPUT_IDS, batch_size=8))) for m in (model, opened)]
+    assert torch.equal(*losses)
+    slice_units(model, {g.name: torch.arange(g.units - (g.kind == "mlp")) for g in all_groups(model)})
+    save_pruned(model, tmp_path / "dense", tmp_path / "pruned", PLAN, INPUT_IDS)
+    dense, pruned = (load_file(tmp_path / form / "model.safetensors") for form in ("dense", "pruned"))
+    assert dense.keys() == pruned.keys()
 
 
 @torch.no_grad()
