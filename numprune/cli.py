@@ -44,7 +44,7 @@ from numprune.plan import PruningPlan, Source, make_plan, to_ranges
 from numprune.planning import choose_within
 from numprune.progress import track
 from numprune.pruning import apply_plan, capture_to
-from numprune.ranks import is_first, meet
+from numprune.ranks import is_first, joined, meet
 from numprune.resume import unfinished
 from numprune.samples import fingerprint
 from numprune.saving import save_pruned
@@ -349,7 +349,8 @@ def main() -> None:
     with reported(debug="--debug" in sys.argv):
         try:
             add_plugins(app)
-            app()
+            with joined():
+                app()
         except torch.cuda.OutOfMemoryError as error:
             raise NumpruneError(
                 "The GPU is out of memory: lower --batch-size or --length, or use --device cpu."

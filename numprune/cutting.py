@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from numprune.architectures import PrunableGroup, decoder_blocks, linear, prunable_groups
 from numprune.capture import is_out_of_memory
 from numprune.files import replace_on_success
-from numprune.ranks import is_first, meet
+from numprune.ranks import is_first, meet, ranks
 from numprune.recovery import Recovery, Streams
 from numprune.resume import Saved, writing
 from numprune.slicing import Compensation, slice_block
@@ -83,7 +83,8 @@ def cut(
                 try:
                     streams.recover(dense, pruned, groups[index], stays, refit=recovery == "refit")
                 except RuntimeError as error:
-                    if not is_out_of_memory(error):
+                    # One of several ranks cannot begin anew: the others wait for its sums.
+                    if not is_out_of_memory(error) or ranks() > 1:
                         raise
                     pruned = None
             if pruned is None and streams:

@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from numprune.ranks import is_first
+
 Item = TypeVar("Item")
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -28,6 +30,9 @@ def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
 
     On a terminal a bar is drawn; elsewhere, in logs and pipelines, lines such as `capture 3/32, 41 s left` are printed.
     """
+    if not is_first():
+        yield from items
+        return
     if sys.stderr.isatty():
         columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, transient=True) as progress:

@@ -15,10 +15,15 @@ from torch import Tensor
 from numprune.errors import NumpruneError
 
 
+def is_under_torchrun() -> bool:
+    """Whether `torchrun` started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Joins the ranks that `torchrun` started; without it there is one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if not is_under_torchrun() or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():

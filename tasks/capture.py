@@ -26,4 +26,4 @@ def capture(model: str) -> None:
 
 
 if __name__ == "__main__":
-    run_step(capture)
+    run_step(capture, shared=True)

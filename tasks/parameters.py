@@ -118,6 +118,9 @@ class Compute(_Section):
 
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
     batch_size: Count = Field(default=8, description="Sequences that go through a block together.")
+    processes: Count = Field(
+        default=1, description="Of this machine that share the calibration samples; on a GPU machine one a GPU."
+    )
 
 
 class ShapesOverride(_Section):

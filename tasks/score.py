@@ -6,6 +6,7 @@ from numprune.choice import rank_model
 from numprune.device import resolve_device, working_dtype
 from numprune.progress import track
 from numprune.ranking import Ranking, save_rankings
+from numprune.ranks import is_first
 from numprune.resume import unfinished
 from tasks.layout import calibration_file, model_folder, scores_file, statistics_folder
 from tasks.parameters import load_parameters
@@ -28,8 +29,9 @@ def score(model: str) -> None:
         with unfinished(scores_file(model), recipe=recipe, compute=parameters.compute, **depends_on) as work:
             ranked = rank_model(dense, recipe, measured, work=work)
             rankings = dict(track(ranked, len(all_groups(dense)), "score"))
-    save_rankings(rankings, scores_file(model))
+    if is_first():
+        save_rankings(rankings, scores_file(model))
 
 
 if __name__ == "__main__":
-    run_step(score)
+    run_step(score, shared=True)

@@ -1,15 +1,21 @@
 """How every step runs from the command line, as `python -m tasks.<step> MODEL [RATIO]`."""
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
 from numprune.errors import reported
+from numprune.ranks import is_under_torchrun, joined
+from tasks.parameters import load_parameters
 
 
-def run_step(step: Callable[..., Any]) -> None:
+def run_step(step: Callable[..., Any], *, shared: bool = False) -> None:
     """Runs a step with the arguments of the command line.
+
+    With `shared`, as many processes as `compute.processes` says share the step's calibration samples; `torchrun` starts
+    them, and may be used instead, for several machines.
 
     A `NumpruneError` ends the process with exit code 2 and its message as the last thing on standard error, after
     `error: `; `flows/compress.py` reads both.
@@ -17,4 +23,22 @@ def run_step(step: Callable[..., Any]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(step)
     with reported():
-        app()
+        if shared and not is_under_torchrun() and (processes := load_parameters().compute.processes) > 1:
+            _start(processes)
+        with joined():
+            app()
+
+
+def _start(processes: int) -> NoReturn:
+    """Runs the same command in several processes and ends with their exit code."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    module = sys.modules["__main__"].__spec__
+    assert module is not None
+    count = f"--nproc-per-node={processes}"
+    try:
+        run(parse_args(["--standalone", count, "-m", module.name, *sys.argv[1:]]))
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)
+    sys.exit(0)

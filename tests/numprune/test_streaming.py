@@ -208,7 +208,7 @@ def test_a_model_larger_than_memory_is_pruned(tmp_path, tokenizer, text_file):
     model.bfloat16().save_pretrained(folder, max_shard_size="8MB")
     tokenizer.save_pretrained(folder)
     options = ["--ratio", "0.3", "--calibration", text_file, "--output", tmp_path / "out"]
-    options += ["--samples", "4", "--length", "16", "--planning-samples", "1", "--selection", "newton"]
+    options += ["--samples", "4", "--length", "16", "--recipe", "paper", "--recovery", "refit"]
     process = CONTEXT.Process(target=prune_within, args=(size // 2, [folder, *options], log))
     process.start()
     process.join()

@@ -1,0 +1,47 @@
+"""Two processes that share the samples, started by torchrun, against one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from numprune.errors import NumpruneError
+from numprune.ranks import own_share
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+PRUNE = "from numprune.cli import main; main()"
+
+
+def prune(launcher, arguments, output):
+    command = [*launcher, "prune", *arguments, "--output", output]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_two_processes_come_to_what_one_does(make_checkpoint, text_file, tmp_path):
+    """The same units; weights to within 1e-3 of their size, as sums are added in another order."""
+    options = ["--ratio", "0.3", "--calibration", text_file, "--samples", "9", "--length", "32"]
+    arguments = [make_checkpoint(), *options]
+    script = tmp_path / "prune.py"
+    script.write_text(PRUNE, encoding="utf-8")
+    prune([sys.executable, script], arguments, tmp_path / "one")
+    done = prune([*TORCHRUN, script], arguments, tmp_path / "two")
+    assert done.stdout.count("parameters are gone") == 1
+    plans = [json.loads((tmp_path / name / "pruning_plan.json").read_text(encoding="utf-8")) for name in ("one", "two")]
+    for name, group in plans[0]["groups"].items():
+        assert group["kept"] == plans[1]["groups"][name]["kept"]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        assert (two[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+    assert any(not torch.equal(two[name], tensor) for name, tensor in one.items())
+    assert [path for path in tmp_path.iterdir() if path.name.endswith(".work")] == []
+
+
+def test_more_processes_than_samples_are_refused(monkeypatch):
+    monkeypatch.setattr("numprune.ranks.ranks", lambda: 2)
+    with pytest.raises(NumpruneError, match="1 samples cannot be shared by 2 processes: use fewer processes"):
+        own_share(torch.zeros(1, 8))
