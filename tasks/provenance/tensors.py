@@ -2,22 +2,25 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from numprune.architectures import KINDS
 from numprune.checkpoint import PLAN_FILE
 from numprune.plan import PruningPlan
+from numprune.ragged import LAYOUTS, Projections, row_counts
 from tasks.provenance.disagreement import Disagreement, differing
 from tasks.provenance.version_files import BENCHMARK, EVALUATION, read_json
 
 _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_PROJECTION = re.compile(r"(?:^|\.)layers\.(?P<block>\d+)\.(?P<module>self_attn|mlp)\.(?P<name>\w+_proj)\.weight$")
-_MODULES = {"attention": "self_attn", "mlp": "mlp"}
+_IN_BLOCK = re.compile(r"(?:^|\.)layers\.(?P<block>\d+)\.(?P<path>.+)\.weight$")
+# OPT has a name of its own for it.
+_OTHER_NAMES = {"intermediate_size": "ffn_dim"}
 
 Shape = tuple[int, ...]
 
@@ -44,7 +47,7 @@ def check_tensors(folder: Path, names: set[str]) -> Iterator[Disagreement]:
             yield from differing(f"{_INDEX}: {name}", listed.get(name), held_by.get(name), "the weights")
     else:
         yield from differing("the weights: files", files, [_SINGLE], "the lack of an index")
-    yield from _check_shapes(config, plan, shapes)
+    yield from check_shapes(config, plan, shapes)
 
     parameters = sum(math.prod(shape) for shape in shapes.values())
     size = sum((folder / file).stat().st_size for file in files)
@@ -61,49 +64,65 @@ def _shapes(path: Path) -> Iterator[tuple[str, Shape]]:
             yield name, tuple(file.get_slice(name).get_shape())
 
 
-def _check_shapes(config: Mapping[str, Any], plan: PruningPlan, shapes: Mapping[str, Shape]) -> Iterator[Disagreement]:
-    projections: dict[tuple[int, str], dict[str, Shape]] = {}
+def check_shapes(config: Mapping[str, Any], plan: PruningPlan, shapes: Mapping[str, Shape]) -> Iterator[Disagreement]:
+    """Yields where the matrices of the decoder blocks, their number or the configuration are not what the plan says.
+
+    Args:
+        config: Of the pruned model, as in `config.json`.
+        plan: What it was cut by.
+        shapes: Of all its tensors, by their names.
+    """
+    family = str(config["model_type"]).removeprefix("ragged_")
+    if family not in LAYOUTS:
+        yield Disagreement(_CONFIG, f"is of the family {family}, which numprune does not prune")
+        return
+    modules: Mapping[str, Projections] = {kind: getattr(LAYOUTS[family], kind) for kind in KINDS}
+    matrices: dict[int, dict[str, Shape]] = {}
     for name, shape in shapes.items():
-        if match := _PROJECTION.search(name):
-            projections.setdefault((int(match["block"]), match["module"]), {})[match["name"]] = shape
+        if (match := _IN_BLOCK.search(name)) and len(shape) > 1:
+            matrices.setdefault(int(match["block"]), {})[match["path"]] = shape
     blocks = range(config["num_hidden_layers"])
-    beyond = sorted({block for block, _ in projections} - set(blocks))
+    beyond = sorted(matrices.keys() - set(blocks))
     if beyond:
         yield Disagreement("the weights", f"have the blocks {beyond}, but {_CONFIG} says there are {len(blocks)}")
-    planned = {f"{block}.{kind}" for block in blocks for kind in _MODULES}
+    planned = {f"{block}.{kind}" for block in blocks for kind in KINDS}
     for name in sorted(plan.groups.keys() - planned):
         yield Disagreement(f"{PLAN_FILE}: {name}", f"is no group of a model with {len(blocks)} blocks")
     for block in blocks:
-        for kind, module in _MODULES.items():
+        layer = {**config, **config.get("per_layer_config", {}).get(str(block), {})}
+        norms = {path for module in modules.values() for path in module.head_norms}
+        found = {path: shape for path, shape in matrices.get(block, {}).items() if path not in norms}
+        expected: dict[str, tuple[Shape, int]] = {}
+        for kind, module in modules.items():
             group = plan.groups.get(f"{block}.{kind}")
             kept = len(group.kept) if group else 0
-            widths, expected = _expected(kind, kept, config)
-            found = projections.get((block, module), {})
-            for name in sorted(found.keys() | expected.keys()):
-                where = f"the weights: {block}.{module}.{name}"
-                yield from differing(where, found.get(name), expected.get(name), f"{PLAN_FILE} (keeps {kept} units)")
-            layer = {**config, **config.get("per_layer_config", {}).get(str(block), {})}
+            widths, shapes_of_module = _expected(module, kept, config)
+            expected |= {path: (shape, kept) for path, shape in shapes_of_module.items()}
             for key, width in widths.items():
-                where = f"{_CONFIG}: block {block}: {key}"
-                yield from differing(where, layer.get(key), width, f"{PLAN_FILE} (keeps {kept} units)")
+                known = key if key in layer else _OTHER_NAMES.get(key, key)
+                if known in layer or key != "num_key_value_heads":  # Which families without groups do not have.
+                    where = f"{_CONFIG}: block {block}: {known}"
+                    yield from differing(where, layer.get(known), width, f"{PLAN_FILE} (keeps {kept} units)")
+        for path in sorted(found.keys() | expected.keys()):
+            planned_shape, kept = expected.get(path, (None, 0))
+            where = f"the weights: {block}.{path}"
+            yield from differing(where, found.get(path), planned_shape, f"{PLAN_FILE} (keeps {kept} units)")
 
 
-def _expected(kind: str, kept: int, config: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Shape]]:
+def _expected(module: Projections, kept: int, config: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Shape]]:
     """Widths as the configuration names them, and shapes of the projections, of a module of which units are kept."""
-    hidden = config["hidden_size"]
-    if kind == "mlp":
-        return {"intermediate_size": kept}, _projections(("gate_proj", "up_proj"), kept, "down_proj", kept, hidden)
-    # A unit is a key/value head with the query heads that share it.
-    queries = kept * (config["num_attention_heads"] // config["num_key_value_heads"])
-    widths = {"num_attention_heads": queries, "num_key_value_heads": kept}
-    shapes = _projections(("q_proj",), queries * config["head_dim"], "o_proj", queries * config["head_dim"], hidden)
-    return widths, shapes | _projections(("k_proj", "v_proj"), kept * config["head_dim"], None, 0, hidden)
-
-
-def _projections(
-    producers: Iterable[str], rows: int, consumer: str | None, columns: int, hidden: int
-) -> dict[str, Shape]:
-    shapes: dict[str, Shape] = {name: (rows, hidden) for name in producers if rows}
-    if consumer and columns:
-        shapes[consumer] = (hidden, columns)
-    return shapes
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    # A unit is a key/value head with the query heads that share it, or a channel.
+    queries = kept * (heads // (config.get("num_key_value_heads") or heads))
+    head_dim = config.get("head_dim") or hidden // heads
+    pieces = {piece for rows in module.producers.values() for piece in re.split(r"[|+]", rows)}
+    if "q" in pieces:
+        widths = {"num_attention_heads": queries, "num_key_value_heads": kept}
+        sizes = {"q": queries * head_dim, "k": kept * head_dim, "v": kept * head_dim}
+        columns = sizes["q"]
+    else:
+        widths, sizes, columns = {"intermediate_size": kept}, dict.fromkeys(pieces, kept), kept
+    if not kept:
+        return widths, {}
+    shapes: dict[str, Shape] = {path: (sum(row_counts(rows, sizes)), hidden) for path, rows in module.producers.items()}
+    return widths, shapes | {module.consumer: (hidden, columns)}

@@ -49,6 +49,7 @@ from numprune.statistics import Measured
 from tests.numprune.conftest import SIZES, choose, random_model
 
 _SMALL: dict[str, Any] = SIZES | {"vocab_size": 64, "num_hidden_layers": 2, "pad_token_id": None}
+_UNGROUPED = {key: size for key, size in _SMALL.items() if key not in {"num_key_value_heads", "head_dim"}}
 _MULTI_HEAD = {"num_key_value_heads": 8}
 _MULTI_QUERY = {"num_key_value_heads": 1}
 _ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
@@ -82,10 +83,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "stablelm-parallel": StableLmConfig(**_SMALL | _PARTIAL_ROTARY, use_parallel_residual=True),
     "cohere": CohereConfig(**_SMALL, use_qk_norm=True, logit_scale=0.3),
     "cohere2": Cohere2Config(**_SMALL | _ALTERNATING, attention_bias=True),
-    "gpt_neox": GPTNeoXConfig(**_SMALL | _PARTIAL_ROTARY),
-    "gpt_neox-sequential": GPTNeoXConfig(**_SMALL, use_parallel_residual=False, attention_bias=False),
+    "gpt_neox": GPTNeoXConfig(**_UNGROUPED | _PARTIAL_ROTARY),
+    "gpt_neox-sequential": GPTNeoXConfig(**_UNGROUPED, use_parallel_residual=False, attention_bias=False),
     "llamagen": LlamaGenConfig(**_SMALL | _MULTI_HEAD, codebook_size=64, grid_size=8, num_classes=10),
-    "opt": OPTConfig(**_SMALL, ffn_dim=40, word_embed_proj_dim=32),
+    "opt": OPTConfig(**_UNGROUPED, ffn_dim=40, word_embed_proj_dim=32),
 }
 assert {config.model_type for config in CONFIGS.values()} == LAYOUTS.keys()
 
