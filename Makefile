@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo repro test test-servers train ui-prefect ui-mlflow servers clean
+.PHONY: help setup demo sweep repro test test-servers train ui-prefect ui-mlflow servers clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup ## Compress the reference model as params.yaml says; prints a table, registers the results.
 	@$(BIN)/python -m flows.compress
+
+sweep: setup ## Measure the budgets 10 to 50 % beside each other; OPTIONS="--budgets 0.1,0.15 --models a,b" names others.
+	@$(BIN)/python -m flows.sweep $(OPTIONS)
 
 repro: setup ## The same files with DVC alone: no Prefect, no MLflow.
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro

@@ -1,10 +1,15 @@
 """What can be checked in milliseconds, before hours of work: that everything params.yaml names is there."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from numprune.errors import NumpruneError
+from tasks.accuracy import unknown_tasks
 from tasks.layout import model_folder
 from tasks.parameters import Parameters
 
@@ -18,7 +23,8 @@ def check_inputs(parameters: Parameters) -> None:
     Raises:
         NumpruneError: If something is missing; it lists all of it.
     """
-    mistakes = [*_models(parameters), *_data(parameters), *_packages(parameters)]
+    mistakes = [*_models(parameters), *_data(parameters), *_tasks(parameters), *_packages(parameters)]
+    mistakes += _compiler(parameters)
     if mistakes:
         raise NumpruneError("\n".join([f"params.yaml has {len(mistakes)} mistake(s):", *(f"  {m}" for m in mistakes)]))
 
@@ -47,8 +53,28 @@ def _data(parameters: Parameters) -> Iterator[str]:
         if path not in CORPUS_FILES and not path.is_file():
             yield (
                 f"{key}: {name} is no file; the pipeline identifies data by its content, so a data set of the Hub has "
-                "to be saved as .jsonl first (the command line `numprune` takes its name)"
+                "to be saved as .jsonl first (the command line `numprune` takes its name); WikiText2, PTB and C4 are "
+                "evaluated on by evaluation.texts"
             )
+
+
+def _tasks(parameters: Parameters) -> Iterator[str]:
+    settings = parameters.evaluation
+    folder = Path(settings.tasks_folder)
+    if not folder.is_dir():
+        yield f"evaluation.tasks_folder: there is no folder {folder}; it may be empty, but must be there"
+        return
+    if unknown := unknown_tasks(settings.tasks, folder):
+        yield (
+            f"evaluation.tasks: neither lm-eval nor {folder} has {', '.join(unknown)}; `lm-eval ls tasks` lists its own"
+        )
+
+
+def _compiler(parameters: Parameters) -> Iterator[str]:
+    on_cpu = parameters.compute.device in {"auto", "cpu"} and not torch.cuda.is_available()
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    if parameters.benchmark.compile and on_cpu and not any(shutil.which(name) for name in compilers if name):
+        yield "benchmark.compile: needs a C++ compiler on a CPU: install g++, or set CXX"
 
 
 def _packages(parameters: Parameters) -> Iterator[str]:

@@ -10,7 +10,7 @@ import contextlib
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from flows.stages import Ending, Outcome, Progress, is_unchanged, run_stage, sta
 from numprune.errors import USER_MISTAKE, NumpruneError  # noqa: E402
 from tasks.parameters import Parameters, load_parameters  # noqa: E402
 from tasks.publish import Publication, publish  # noqa: E402
-from tasks.summary import COLUMNS, Row, cells, read_rows  # noqa: E402
+from tasks.summary import COLUMNS, Row, all_rows, cells  # noqa: E402
 
 ROOT = Path()
 
@@ -61,14 +61,15 @@ class Report:
     @property
     def sentence(self) -> str:
         """How many stages ran, and how many versions are new."""
-        ran, unchanged, restored = (
-            self.endings[e.value] for e in (Ending.COMPLETED, Ending.UNCHANGED, Ending.RESTORED)
-        )
-        stages = f"{ran} {'stage' if ran == 1 else 'stages'} run, {unchanged} unchanged"
-        if restored:
-            stages += f", {restored} restored from DVC's cache"
         new = sum(publication.is_new for publication in self.publications)
-        return f"{stages}; {new} of {len(self.publications)} versions newly published."
+        return f"{counted(self.endings)}; {new} of {len(self.publications)} versions newly published."
+
+
+def counted(endings: Counter[str]) -> str:
+    """How many stages ran, and how many did not have to."""
+    ran, unchanged, restored = (endings[e.value] for e in (Ending.COMPLETED, Ending.UNCHANGED, Ending.RESTORED))
+    said = f"{ran} {'stage' if ran == 1 else 'stages'} run, {unchanged} unchanged"
+    return f"{said}, {restored} restored from DVC's cache" if restored else said
 
 
 def _is_worth_another_try(_task: Any, _run: Any, state: State[Any]) -> bool:
@@ -167,20 +168,25 @@ def compress(accelerator_limit: str | None = None) -> Report | State[None]:
     if failed := _failed([*stages.values(), *publications]):
         return failed
     report = Report(
-        rows=[row for model in parameters.models for row in read_rows(model, parameters.budgets)],
+        rows=all_rows(parameters),
         publications=[future.result() for future in publications],
-        endings=Counter(str(future.state.name) for future in stages.values()),
+        endings=_endings(stages),
     )
-    _show(report)
+    versions = {(p.model, p.budget): str(p.version) for p in report.publications}
+    show_table(report.rows, "dense-against-pruned", report.sentence, {"version": versions})
+    get_run_logger().info(report.sentence)
     return report
 
 
 @flow(name="stages", persist_result=False)
-def reproduce_all(accelerator_limit: str | None = None) -> State[None]:
-    """Runs what is not up to date and publishes nothing: a release is committed in between.
+def reproduce_all(accelerator_limit: str | None = None) -> Counter[str] | State[None]:
+    """Runs what is not up to date and publishes nothing: a release is committed in between, a sweep has no versions.
 
     Args:
         accelerator_limit: Name of the Prefect concurrency limit of which a stage that runs a model takes one slot.
+
+    Returns:
+        How many stages ended in which state.
     """
     try:
         parameters = _checked_parameters()
@@ -190,7 +196,7 @@ def reproduce_all(accelerator_limit: str | None = None) -> State[None]:
         stages = _submit_stages(runner, parameters, accelerator_limit)
         for future in stages.values():
             future.wait()
-    return _failed([*stages.values()]) or Completed()
+    return _failed([*stages.values()]) or _endings(stages)
 
 
 def _checked_parameters() -> Parameters:
@@ -235,9 +241,14 @@ def _submit_publications(
     for model in parameters.models:
         for budget in parameters.budgets:
             measured = [f"evaluate_dense@{model}", f"evaluate@{model}-{budget}", f"benchmark@{model}-{budget}"]
-            needed = [stages[name] for name in measured]
+            # The page of the run is logged with it.
+            needed = [stages[name] for name in (*measured, "summary")]
             futures.append(runner.submit(publish_version, {"model": model, "budget": budget}, wait_for=needed))
     return futures
+
+
+def _endings(stages: dict[str, PrefectFuture[Any]]) -> Counter[str]:
+    return Counter(str(future.state.name) for future in stages.values())
 
 
 def _failed(futures: list[PrefectFuture[Any]]) -> State[None] | None:
@@ -252,13 +263,25 @@ def _failed(futures: list[PrefectFuture[Any]]) -> State[None] | None:
     return Failed(name=(Ending.REJECTED if rejected else Ending.FAILED).value, message="\n".join(messages))
 
 
-def _show(report: Report) -> None:
-    """A table on Prefect's page and the same in the terminal."""
-    versions = {(p.model, p.budget): str(p.version) for p in report.publications}
-    columns = (*COLUMNS, "version")
-    lines = [(*cells(row), versions.get((row["model"], row["budget"] or ""), "")) for row in report.rows]
+def show_table(
+    rows: Sequence[Row], key: str, sentence: str, further: Mapping[str, Mapping[tuple[str, str], str]] | None = None
+) -> None:
+    """Shows dense against pruned on Prefect's page and in the terminal.
+
+    Args:
+        rows: Of the table.
+        key: Of the artifact on Prefect's page.
+        sentence: What the run did.
+        further: Columns that only this run has: their cells by model and budget.
+    """
+    extra = further or {}
+    columns = (*COLUMNS, *extra)
+    lines = [
+        (*cells(row), *(column.get((row["model"], row["budget"] or ""), "") for column in extra.values()))
+        for row in rows
+    ]
     table: list[dict[str, Any]] = [dict(zip(columns, line, strict=True)) for line in lines]
-    create_table_artifact(table, key="dense-against-pruned", description=f"Dense against pruned. {report.sentence}")
+    create_table_artifact(table, key=key, description=f"Dense against pruned. {sentence}")
     drawn = Table(title="dense against pruned")
     for column in columns:
         drawn.add_column(column.replace(" ", "\n"), justify="left" if column == "model" else "right", no_wrap=True)
@@ -267,16 +290,24 @@ def _show(report: Report) -> None:
     # Where the output is no terminal, its width is unknown, and a table cut at 80 columns cannot be read.
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(drawn)
-    console.print(report.sentence, highlight=False)
-    get_run_logger().info(report.sentence)
+    console.print(sentence, highlight=False)
 
 
 def main() -> int:
-    """Runs the flow; returns 0, 2 for a mistake in the input, 1 for another failure, 130 after Ctrl-C."""
+    """Runs the flow; returns its exit code."""
+    return exit_code(lambda: check_inputs(load_parameters()), lambda: compress(return_state=True))
+
+
+def exit_code(check: Callable[[], object], run: Callable[[], State[Any]]) -> int:
+    """Runs a flow; returns 0, 2 for a mistake in the input, 1 for another failure, 130 after Ctrl-C.
+
+    Args:
+        check: Called before Prefect's server is started: a mistake in params.yaml is said at once.
+        run: Calls the flow and returns its state.
+    """
     try:
-        # Before Prefect's server is started: a mistake in params.yaml is said at once.
-        check_inputs(load_parameters())
-        state = compress(return_state=True)
+        check()
+        state = run()
     except NumpruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_MISTAKE

@@ -1,6 +1,7 @@
 """Token sequences from text: what calibrates and what evaluates."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from numprune.checkpoint import load_config, load_tokenizer
 from numprune.errors import NumpruneError
+from numprune.texts import TEXTS, cut_text, read_text
 
 DEFAULT_SAMPLES = 128
 LONGEST_DEFAULT = 2048
 FORMS = (
     "a text file, a .jsonl file with a `text` field, a .safetensors file with `input_ids`, or a Hub data set NAME:SPLIT"
 )
+_NAMES = " or ".join(TEXTS)
 
 
 def draw_samples(
@@ -61,15 +64,21 @@ def draw_samples(
 
 
 def evaluation_windows(
-    data: str, model: str, *, length: int | None = None, max_tokens: int | None = None
+    data: str,
+    model: str,
+    *,
+    length: int | None = None,
+    max_tokens: int | None = None,
+    documents: Sequence[str] | None = None,
 ) -> tuple[Tensor, int | None]:
     """All non-overlapping windows of a text, from its start; what does not fill a window is left out.
 
     Args:
-        data: As for `draw_samples`.
+        data: As for `draw_samples`, or the name of one of `numprune.texts.TEXTS`.
         model: Folder or Hub id, for its tokenizer and vocabulary.
         length: Tokens a window; by default 2048 or the model's maximum if that is less.
         max_tokens: Stop after so many tokens.
+        documents: Of a text of `TEXTS`, where they are at hand; else they come from the Hub.
 
     Returns:
         (windows, length) int64 token ids, and the UTF-8 bytes of text that they stand for (None for `input_ids`).
@@ -80,7 +89,11 @@ def evaluation_windows(
     config = load_config(model)
     length = sequence_length(length, config)
     drawn = data.endswith(".safetensors")
-    tokens = _read_input_ids(Path(data), config).flatten() if drawn else tokenize(data, model)
+    if data in TEXTS:
+        tokenizer = _tokenizer(model, data)
+        tokens = cut_text(data, documents or read_text(data), tokenizer, length).flatten()
+    else:
+        tokens = _read_input_ids(Path(data), config).flatten() if drawn else tokenize(data, model)
     windows = _windows(tokens if max_tokens is None else tokens[:max_tokens], length)
     if not len(windows):
         raise NumpruneError(f"{data}: no window of {length} tokens; lower the length or give more text.")
@@ -90,10 +103,17 @@ def evaluation_windows(
     return windows, len(text.encode())
 
 
-def check_data(data: str) -> None:
-    """Raises NumpruneError if the data is neither a file nor, by its form, a Hub data set."""
+def check_data(data: str, *, named: bool = False) -> None:
+    """Raises NumpruneError if the data is neither a file nor, by its form, a Hub data set.
+
+    Args:
+        data: What to check.
+        named: Whether it may be the name of one of `numprune.texts.TEXTS`.
+    """
+    if named and data in TEXTS:
+        return
     if not Path(data).is_file() and (":" not in data or data.endswith((".txt", ".jsonl", ".json", ".safetensors"))):
-        raise NumpruneError(f"{data} not found. Data is {FORMS}.")
+        raise NumpruneError(f"{data} not found. Data is {FORMS}{f', or {_NAMES}' if named else ''}.")
 
 
 def tokenize(data: str, model: str) -> Tensor:

@@ -50,6 +50,7 @@ from numprune.samples import fingerprint
 from numprune.saving import save_pruned
 from numprune.statistics import Measured
 from numprune.stock import family
+from numprune.texts import bos_token
 
 app = typer.Typer(
     help="Structural pruning of autoregressive transformers: no training, a folder that loads everywhere.",
@@ -137,7 +138,9 @@ def show_plan(
 @app.command("perplexity")
 def measure_perplexity(
     model: Model,
-    data: Annotated[str, typer.Option(help="Text in the same forms as --calibration of `numprune prune`.")],
+    data: Annotated[
+        str, typer.Option(help="wikitext2, ptb or c4, or text in the same forms as --calibration of `numprune prune`.")
+    ],
     length: Length = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Stop after so many tokens.")] = None,
     batch_size: BatchSize = 8,
@@ -149,9 +152,9 @@ def measure_perplexity(
     """Measures perplexity in non-overlapping windows and prints the protocol with it.
 
     Example:
-        numprune perplexity out/ --data Salesforce/wikitext:wikitext-2-raw-v1:test --length 2048
+        numprune perplexity out/ --data wikitext2 --length 2048
     """
-    check_data(data)
+    check_data(data, named=True)
     folder = fetch(model, revision)
     check_supported(load_config(folder))
     windows, text_bytes = evaluation_windows(data, str(folder), length=length, max_tokens=max_tokens)
@@ -167,7 +170,7 @@ def measure_perplexity(
         "data": data,
         "tokens_sha256": fingerprint(windows),
         "stride": windows.shape[1],
-        "bos_token": "none added",
+        "bos_token": bos_token(data),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(place),
     }
@@ -177,7 +180,9 @@ def measure_perplexity(
     per_byte = f", {result.bits_per_byte:.4f} bits per byte" if result.bits_per_byte else ""
     typer.echo(f"perplexity {result.perplexity:.4f}{per_byte}")
     typer.echo(
-        f"{result.windows} non-overlapping windows of {result.length} tokens of {data}, no BOS token added, ", nl=False
+        f"{result.windows} non-overlapping windows of {result.length} tokens of {data}, "
+        f"BOS token {protocol['bos_token']}, ",
+        nl=False,
     )
     typer.echo(f"{protocol['dtype']} on {place}")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from numprune.architectures import all_groups
 from numprune.budget import Budget, BudgetKind, linear_costs
@@ -80,28 +80,53 @@ def timed_generations(
     prompt_length: int,
     new_tokens: int,
     repeats: int,
+    compiled: bool = False,
     seed: int = 0,
 ) -> Iterator[tuple[str, Timing]]:
     """Generates greedily with several models in turn, so that drift of the machine hits all; yields name and timing.
 
-    One generation of each model warms up and is not yielded. The prompt is random tokens and no end token stops the
-    generation: all models do the same work. Every sequence of a batch has the same prompt.
+    One generation of each model warms up, compiles where that is asked for, and is not yielded. The prompt is random
+    tokens and no end token stops the generation: all models do the same work. Every sequence of a batch has the same
+    prompt.
+
+    Args:
+        models: By name.
+        batch: Sequences.
+        prompt_length: Tokens of each prompt.
+        new_tokens: Tokens to generate.
+        repeats: Generations of each model.
+        compiled: Whether to run what `torch.compile` makes of the models, with a key/value cache of fixed size.
+        seed: Of the prompt.
     """
+    if compiled:
+        # All models share the code that is compiled; for each shape of all of them there is one version, and torch
+        # gives up silently after a few.
+        torch.compiler.reset()
     for repeat in range(repeats + 1):
         for name, model in models.items():
             prompt = _prompt(model, batch, prompt_length, seed)
             clock = _Clock(model.device)
-            generate(model, prompt, new_tokens, clock)
+            generate(model, prompt, new_tokens, clock, compiled=compiled)
             first, last = clock.seconds()
             if repeat:
                 yield name, Timing(first, last, new_tokens, batch, prompt_length)
 
 
 def generate(
-    model: PreTrainedModel, prompt: Tensor, new_tokens: int, after_token: StoppingCriteria | None = None
+    model: PreTrainedModel,
+    prompt: Tensor,
+    new_tokens: int,
+    after_token: StoppingCriteria | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
-    """Greedy generation of exactly `new_tokens` tokens."""
+    """Greedy generation of exactly `new_tokens` tokens, by compiled code if that is asked for."""
     generator: Any = model
+    options: dict[str, Any] = {}
+    if compiled:
+        # Left to itself, transformers compiles on accelerators only.
+        options = {"cache_implementation": "static", "compile_config": CompileConfig()}
+        options["compile_config"]._compile_all_devices = True
     generated: Tensor = generator.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
@@ -110,6 +135,7 @@ def generate(
         max_new_tokens=new_tokens,
         pad_token_id=0,
         stopping_criteria=StoppingCriteriaList([after_token] if after_token else []),
+        **options,
     )
     return generated
 

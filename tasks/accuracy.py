@@ -4,16 +4,44 @@ import hashlib
 import json
 import logging
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
 from numprune.errors import NumpruneError
 from numprune.progress import track
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+# Names that stand for several tasks in params.yaml.
+TASK_SETS: Mapping[str, tuple[str, ...]] = {
+    # The seven of the paper's mean, and the two it reports beside them.
+    "paper": (
+        "boolq",
+        "piqa",
+        "hellaswag",
+        "winogrande",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+        "mmlu",
+        "gsm8k",
+    ),
+}
+
+# Of lm-eval, as its own command has them; the last one chooses the examples of few-shot prompts.
+SEEDS: Mapping[str, int] = {
+    "random_seed": 0,
+    "numpy_random_seed": 1234,
+    "torch_random_seed": 1234,
+    "fewshot_random_seed": 1234,
+}
 
 # Of a normal distribution: 95 % lie within so many standard errors.
 _Z = 1.96
@@ -61,6 +89,35 @@ class Answers:
         return {"difference": mean, "stderr": error, "low": mean - _Z * error, "high": mean + _Z * error}
 
 
+def expand(tasks: Sequence[str]) -> list[str]:
+    """The tasks that names of tasks and of sets of them stand for, each once."""
+    return list(dict.fromkeys(name for task in tasks for name in TASK_SETS.get(task, (task,))))
+
+
+def unknown_tasks(tasks: Sequence[str], folder: Path) -> list[str]:
+    """Those that are neither in a folder of task files nor lm-eval's; the latter's are listed only if they are needed.
+
+    Args:
+        tasks: Names of tasks, groups of tasks or sets.
+        folder: With task files of one's own.
+    """
+    own = {name for path in folder.rglob("*.yaml") for name in _NAMED.findall(path.read_text(encoding="utf-8"))}
+    further = [task for task in expand(tasks) if task not in own]
+    return sorted(set(further) - set(_manager(further, folder).all_tasks)) if further else []
+
+
+# A task file may hold tags that only lm-eval can read.
+_NAMED = re.compile(r"^(?:task|group|tag): *[\"']?([^\s\"']+)", re.MULTILINE)
+
+
+def _manager(tasks: Sequence[str], folder: Path | None) -> "TaskManager":
+    from lm_eval.tasks import TaskManager
+
+    include = str(folder) if folder else None
+    manager = TaskManager(include_path=include, include_defaults=False)
+    return manager if set(tasks) <= set(manager.all_tasks) else TaskManager(include_path=include)
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer_folder: Path,
@@ -75,7 +132,7 @@ def answer(
     Args:
         model: On its device.
         tokenizer_folder: Where its tokenizer lies.
-        tasks: Their names; a group of tasks gives an entry for each task.
+        tasks: Their names; a group of tasks, such as mmlu, gives one entry for all its questions.
         include: A folder with task files of one's own; if it has all of them, lm-eval's are not even listed.
         limit: Questions of each task at most.
         batch_size: Sequences that are computed together.
@@ -88,7 +145,6 @@ def answer(
     from datasets.utils.logging import disable_progress_bar
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     class Adapter(HFLM):
         """Shows this project's progress in place of lm-eval's."""
@@ -104,10 +160,16 @@ def answer(
                 answers += super()._loglikelihood_tokens(portion, **settings | {"disable_tqdm": True})
             return answers
 
+        def generate_until(self, requests: list[Any], **_: Any) -> list[Any]:
+            size = _BATCHES_A_PORTION * batch_size
+            portions = [requests[start : start + size] for start in range(0, len(requests), size)]
+            written: list[Any] = []
+            for portion in track(portions, len(portions), "generate"):
+                written += super().generate_until(portion, disable_tqdm=True)
+            return written
+
     disable_progress_bar()
-    manager = TaskManager(include_path=str(include) if include else None, include_defaults=False)
-    if not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=str(include) if include else None)
+    manager = _manager(tasks, include)
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise NumpruneError(
@@ -118,11 +180,41 @@ def answer(
     try:
         # No cache: lm-eval's knows neither the model's weights nor the data set.
         results: Any = simple_evaluate(
-            adapter, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, verbosity="ERROR"
+            adapter,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+            **SEEDS,
         )
     except (FileNotFoundError, ConnectionError) as error:
         raise NumpruneError(f"evaluation.tasks: the data of {', '.join(tasks)} cannot be had: {error}") from error
-    return {name: _answers(samples, results["configs"][name]) for name, samples in sorted(results["samples"].items())}
+    found = {name: _answers(samples, results["configs"][name]) for name, samples in results["samples"].items()}
+    return dict(sorted(_pooled(found, tasks, results.get("group_subtasks", {})).items()))
+
+
+def _pooled(
+    found: Mapping[str, Answers], tasks: Sequence[str], groups: Mapping[str, Sequence[str]]
+) -> dict[str, Answers]:
+    """One entry for each group that was asked for, with the questions of all its tasks: lm-eval's mean by size."""
+
+    def members(name: str) -> list[str]:
+        return [name] if name in found else sorted({leaf for part in groups.get(name, ()) for leaf in members(part)})
+
+    pooled = dict(found)
+    for group in tasks:
+        leaves = members(group)
+        if group in found or not leaves:
+            continue
+        parts = [found[leaf] for leaf in leaves]
+        if len(metrics := sorted({part.metric for part in parts})) > 1:
+            raise NumpruneError(f"evaluation.tasks: the tasks of {group} have no metric in common: {metrics}")
+        digest = hashlib.sha256("".join(part.task_sha256 for part in parts).encode()).hexdigest()
+        pooled[group] = Answers(metrics[0], tuple(c for part in parts for c in part.correct), digest)
+        for leaf in leaves:
+            pooled.pop(leaf, None)
+    return pooled
 
 
 def _answers(samples: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Answers:

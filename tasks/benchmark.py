@@ -6,6 +6,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,9 @@ def benchmark(model: str, budget: str) -> None:
             if device.startswith("cuda")
             else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "compiled": settings.compile,
+            "versions": {name: version(name) for name in ("numprune", "torch", "transformers")},
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
     with replace_on_success(benchmark_file(model, budget)) as temporary:
@@ -63,7 +67,12 @@ def benchmark(model: str, budget: str) -> None:
 def _workload(models: Mapping[str, PreTrainedModel], settings: Benchmark, batch: int, length: int) -> dict[str, Any]:
     timings: dict[str, list[Timing]] = defaultdict(list)
     generations = timed_generations(
-        models, batch=batch, prompt_length=length, new_tokens=settings.new_tokens, repeats=settings.repeats
+        models,
+        batch=batch,
+        prompt_length=length,
+        new_tokens=settings.new_tokens,
+        repeats=settings.repeats,
+        compiled=settings.compile,
     )
     title = f"benchmark batch {batch} prompt {length}"
     for name, timing in track(generations, len(models) * settings.repeats, title):
@@ -84,9 +93,11 @@ def _summed_up(timings: list[Timing]) -> dict[str, Any]:
 
 def _cost(folder: Path, settings: Benchmark, device: str) -> dict[str, Any]:
     length, new_tokens = settings.prompt_lengths[0], settings.new_tokens
+    # On average, half of the new tokens are in the context.
+    work = count_work(folder, length + new_tokens // 2)
     return {
-        # On average, half of the new tokens are in the context.
-        **asdict(count_work(folder, length + new_tokens // 2)),
+        **asdict(work),
+        "cache_bytes": work.cache_bytes_per_token * (length + new_tokens) * settings.batches[0],
         "checkpoint_bytes": weight_bytes(folder),
         "peak_memory_bytes": peak_memory(folder, prompt_length=length, new_tokens=new_tokens, device=device),
     }

@@ -1,7 +1,9 @@
 """Step `evaluate`: perplexity and accuracy of the dense model, or of a pruned one beside it."""
 
 import json
+import time
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,24 +24,42 @@ from numprune.plan import PruningPlan
 from numprune.progress import track
 from numprune.pruning import apply_plan
 from numprune.samples import fingerprint
+<<<<<<< HEAD
 from numprune.streaming import answering
 from tasks.accuracy import Answers, answer
 from tasks.comparison import compare
 from tasks.layout import (
+=======
+from numprune.texts import bos_token, describe
+from tasks.accuracy import SEEDS, Answers, answer, expand
+from tasks.comparison import compare
+from tasks.layout import (
+    TEXTS_FOLDER,
+>>>>>>> f2e9330 (Sweep: many budgets and models in one command, with a run in MLflow above those of all of them)
     answers_file,
     checkpoint_folder,
     comparison_file,
     evaluation_file,
     model_folder,
     plan_file,
+<<<<<<< HEAD
     run_folder,
 )
 from tasks.parameters import Parameters, load_parameters
+=======
+    timing_file,
+)
+from tasks.parameters import Evaluation, Parameters, load_parameters
+>>>>>>> f2e9330 (Sweep: many budgets and models in one command, with a run in MLflow above those of all of them)
 from tasks.step import run_step
+
+# What figures depend on, apart from the parameters.
+_MEASURING = ("numprune", "torch", "transformers", "lm_eval", "datasets")
 
 
 def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None) -> None:
     """Evaluates a model, dense if no budget is given, on the text and the tasks of `params.yaml`."""
+    start = time.monotonic()
     parameters = load_parameters()
     settings = parameters.evaluation
     dense_folder = model_folder(model)
@@ -47,6 +67,8 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
     windows, text_bytes = evaluation_windows(
         settings.data, str(dense_folder), length=settings.length, max_tokens=settings.max_tokens
     )
+
+    texts = {name: _windows(name, dense_folder, settings) for name in settings.texts}
 
     def measure(subject: PreTrainedModel, title: str) -> Perplexity:
         return _measure(subject, windows, text_bytes, parameters, title)
@@ -58,6 +80,7 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         "perplexity": measured.perplexity,
         "bits_per_byte": measured.bits_per_byte,
         "parameters": loaded.num_parameters(),
+        "texts": {name: _of_text(loaded, name, *texts[name], parameters) for name in texts},
     }
     if budget is not None:
         dense = load_or_open(dense_folder, dtype=working_dtype(device), device=device)
@@ -83,15 +106,18 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         "windows": measured.windows,
         "length": measured.length,
         "stride": measured.length,
-        "bos_token": "none added",
+        "bos_token": bos_token(settings.data),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device.type,
-        "torch": torch.__version__,
-        "lm_eval": version("lm_eval"),
+        "versions": {name: version(name) for name in _MEASURING},
+        "seeds": dict(SEEDS),
         "shots": "of each task's own configuration",
     }
     _write(answers_file(model, budget), {name: asdict(given) for name, given in answers.items()})
     _write(evaluation_file(model, budget), metrics)
+    # Apart, since everything else is the same the next time.
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    _write(timing_file(model, budget), {"seconds": round(time.monotonic() - start, 1), "finished": finished})
 
 
 def _measure(
@@ -103,6 +129,20 @@ def _measure(
     return perplexity(torch.cat(list(track(losses, batches, title))), windows.shape[1], text_bytes)
 
 
+def _windows(text: str, folder: Path, settings: Evaluation) -> tuple[Tensor, int | None]:
+    lines = (TEXTS_FOLDER / f"{text}.jsonl").read_text(encoding="utf-8").splitlines()
+    documents = [json.loads(line)["text"] for line in lines]
+    return evaluation_windows(text, str(folder), length=settings.length, documents=documents)
+
+
+def _of_text(
+    model: PreTrainedModel, text: str, windows: Tensor, text_bytes: int | None, parameters: Parameters
+) -> dict[str, Any]:
+    measured = _measure(model, windows, text_bytes, parameters, f"evaluate {text}")
+    protocol = {"data": describe(text), "bos_token": bos_token(text), "tokens_sha256": fingerprint(windows)}
+    return asdict(measured) | protocol
+
+
 def _answer(model: PreTrainedModel, folder: Path, parameters: Parameters) -> dict[str, Answers]:
     settings = parameters.evaluation
     if not settings.tasks:
@@ -110,7 +150,7 @@ def _answer(model: PreTrainedModel, folder: Path, parameters: Parameters) -> dic
     return answer(
         model,
         folder,
-        settings.tasks,
+        expand(settings.tasks),
         include=Path(settings.tasks_folder),
         limit=settings.questions,
         batch_size=parameters.compute.batch_size,

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 CORPUS = Path("data/corpus")
+TEXTS_FOLDER = Path("data/texts")
 REPORT = Path("report")
+PLOTS = REPORT / "plots"
+SWEEP_REPORT = REPORT / "sweep"
 
 
 def model_folder(model: str) -> Path:
@@ -41,6 +44,11 @@ def evaluation_file(model: str, budget: str | None) -> Path:
     return run_folder(model, budget) / "evaluation.json"
 
 
+def timing_file(model: str, budget: str | None) -> Path:
+    """How long an evaluation took, and when."""
+    return run_folder(model, budget) / "timing.json"
+
+
 def answers_file(model: str, budget: str | None) -> Path:
     """Which questions a pruned model answers right, or the dense one if there is no budget."""
     return run_folder(model, budget) / "answers.json"
@@ -64,6 +72,11 @@ def run_folder(model: str, budget: str | None) -> Path:
 def report_page(model: str | None = None, budget: str | None = None) -> Path:
     """The page of a run, or of all of them if no model is given."""
     return REPORT / "index.html" if model is None else REPORT / "runs" / f"{model}-{budget}.html"
+
+
+def plots_folder(model: str, budget: str) -> Path:
+    """The plots of a run, and their data."""
+    return PLOTS / f"{model}-{budget}"
 
 
 def _model_artifacts(model: str) -> Path:

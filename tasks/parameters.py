@@ -1,5 +1,6 @@
 """The schema of `params.yaml`: every key, its meaning, its default and its allowed range."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,7 @@ from numprune.errors import NumpruneError
 from numprune.ranking import Selection
 from numprune.recipe import RECIPES, Recipe
 from numprune.recovery import Recovery
+from numprune.texts import TEXTS
 
 PARAMETERS_FILE = Path("params.yaml")
 
@@ -52,6 +54,13 @@ def _without_repeats(items: list[Any]) -> list[Any]:
     return items
 
 
+def _text(name: str) -> str:
+    if name not in TEXTS:
+        raise ValueError(f"{name!r} must be one of {', '.join(TEXTS)}")
+    return name
+
+
+TextName = Annotated[str, AfterValidator(_text)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 DownloadName = Annotated[FolderName, AfterValidator(_without_dots)]
 BudgetText = Annotated[str, BeforeValidator(_budget)]
@@ -173,8 +182,13 @@ class Evaluation(_Section):
     data: str = Field(description="In the same forms as calibration.data.")
     length: Count | None = Field(default=None, description="Tokens a window; null: 2048 or the model's maximum.")
     max_tokens: Count | None = Field(default=None, description="Stop after so many tokens; null: all of the text.")
+    texts: Annotated[list[TextName], AfterValidator(_without_repeats)] = Field(
+        default=[],
+        description="Further texts, cut as published figures have them (numprune/texts.py): wikitext2, ptb, c4.",
+    )
     tasks: Annotated[list[str], AfterValidator(_without_repeats)] = Field(
-        default=[], description="Of lm-eval, such as boolq or arc_easy, or of tasks_folder."
+        default=[],
+        description="Of lm-eval, such as boolq or arc_easy, or of tasks_folder; paper stands for those of the paper.",
     )
     tasks_folder: str = Field(default="evaluation", description="Task files of one's own, in lm-eval's form.")
     questions: Count | None = Field(default=None, description="Of each task at most; null: all.")
@@ -211,6 +225,15 @@ class Benchmark(_Section):
     prompt_lengths: list[Count] = Field(default=[64], min_length=1, description="Tokens of the prompt.")
     new_tokens: int = Field(default=64, ge=2, description="Tokens to generate.")
     repeats: Count = Field(default=5, description="Timed runs of each model; the median is reported.")
+    compile: bool = Field(default=False, description="Generate with torch.compile and a cache of fixed size.")
+
+
+class Sweep(_Section):
+    """What `flows/sweep.py` measures beside each other; it registers nothing."""
+
+    budgets: Annotated[list[BudgetText], AfterValidator(_without_repeats)] = Field(
+        default=["0.1", "0.2", "0.3", "0.4", "0.5"], min_length=1, description="As in budgets; models are the same."
+    )
 
 
 class Registry(_Section):
@@ -400,6 +423,7 @@ class Parameters(_Section):
     evaluation: Evaluation
     images: Images
     benchmark: Benchmark = Benchmark()
+    sweep: Sweep = Sweep()
     registry: Registry = Registry()
     promotion: Promotion = Promotion()
     signing: Signing = Signing()
@@ -417,15 +441,19 @@ class Parameters(_Section):
         return self
 
 
-def load_parameters(path: Path = PARAMETERS_FILE) -> Parameters:
+def load_parameters(path: Path = PARAMETERS_FILE, *, changes: Mapping[str, Any] | None = None) -> Parameters:
     """Reads and checks `params.yaml`.
+
+    Args:
+        path: Of the file.
+        changes: Sections and keys that take the place of those in the file.
 
     Raises:
         NumpruneError: If the file is missing or wrong; it lists all mistakes.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Parameters.model_validate(content)
+        return Parameters.model_validate({**content, **changes} if changes else content)
     except FileNotFoundError:
         raise NumpruneError(f"{path} not found in {Path.cwd()}: run from the root of the repository.") from None
     except yaml.YAMLError as error:

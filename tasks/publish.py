@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ from tasks.layout import (
     evaluation_file,
     model_folder,
     plan_file,
+    plots_folder,
+    report_page,
+    timing_file,
 )
 from tasks.parameters import PARAMETERS_FILE, Registry, Signing, load_parameters
 from tasks.provenance.build import Build
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 
 LOCK_FILE = Path("dvc.lock")
 CANDIDATE = "candidate"
+
+# The tag by which MLflow's page shows a run below another.
+PARENT_RUN = "mlflow.parentRunId"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class Release:
     plan_hash: str
     metric_files: Mapping[str, Path]
     """By the name they have in MLflow."""
+    report_files: Mapping[str, Path]
+    """The page of the run, its plots and their data, likewise; left out if the page is of other results."""
     evidence_hash: str
     """Of the checkpoint and of every metric file: what one run documents."""
 
@@ -117,14 +125,14 @@ def publish(model: str, budget: str, *, orchestrator: Mapping[str, str] | None =
     parameters = load_parameters()
     registry = parameters.registry
     client = connect(registry)
-    experiment = _experiment(client, registry)
-    run = _find_run(client, experiment, release)
+    experiment = open_experiment(client, registry)
+    run = find_run(client, experiment, release)
     version = _find_version(client, release)
     if run is not None and run.info.status == "FINISHED" and version is not None:
         _point_alias(client, budget_alias(budget), version)
         return Publication(model, budget, int(version.version), is_new=False)
-    run = run or _create_run(client, experiment, release)
-    _log_run(client, run, release)
+    run = run or create_run(client, experiment, release)
+    log_run(client, run, release)
     if version is None:
         version = _register(
             client, experiment, run, release, orchestrator=orchestrator or {}, signing=parameters.signing
@@ -178,8 +186,23 @@ def read_release(model: str, budget: str) -> Release:
         calibration_hash=hashes[calibration],
         plan_hash=hashes[plan],
         metric_files={"plan.json": plan, **metric_files},
+        report_files=_report_files(model, budget, [hashes[path] for path in (plan, *metric_files.values())]),
         evidence_hash=hashlib.sha256(" ".join(evidence).encode()).hexdigest(),
     )
+
+
+def _report_files(model: str, budget: str, hashes: Sequence[str]) -> dict[str, Path]:
+    """The page of a run and its plots, if the page names these hashes: one of earlier results is no page of them.
+
+    And how long the evaluation took, which is no evidence of anything.
+    """
+    timing = timing_file(model, budget)
+    timings = {"timing.json": timing} if timing.exists() else {}
+    page = report_page(model, budget)
+    if not page.exists() or not all(md5 in page.read_text(encoding="utf-8") for md5 in hashes):
+        return timings
+    plots = sorted(plots_folder(model, budget).iterdir())
+    return {**timings, "report.html": page, **{f"plots/{path.name}": path for path in plots}}
 
 
 def _stages_behind(model: str, budget: str) -> dict[str, LockedStage]:
@@ -200,7 +223,12 @@ def _origin(stages: Mapping[str, LockedStage], model: str) -> tuple[str, str]:
     return str(download.get("repository") or download.get("folder")), str(download["revision"])
 
 
-def _experiment(client: "MlflowClient", registry: Registry) -> "Experiment":
+def open_experiment(client: "MlflowClient", registry: Registry) -> "Experiment":
+    """The experiment of `params.yaml`, created if it is not there.
+
+    Raises:
+        NumpruneError: If it was deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(registry.experiment)
@@ -224,35 +252,60 @@ def _artifact_location(registry: Registry) -> str | None:
     return Path(registry.artifacts).resolve().as_uri()
 
 
-def _find_run(client: "MlflowClient", experiment: "Experiment", release: Release) -> "Run | None":
+def find_run(
+    client: "MlflowClient", experiment: "Experiment", release: Release, *, parent: str | None = None
+) -> "Run | None":
+    """The run that documents a release: a child of the run of a sweep, or one of its own."""
     runs = client.search_runs(
         [experiment.experiment_id],
         f"tags.evidence_hash = '{release.evidence_hash}' and tags.model = '{release.model}'",
         order_by=["attributes.start_time ASC"],
-        max_results=1,
     )
-    return runs[0] if runs else None
+    return next((run for run in runs if run.data.tags.get(PARENT_RUN) == parent), None)
 
 
-def _create_run(client: "MlflowClient", experiment: "Experiment", release: Release) -> "Run":
-    tags = {**release.tags, **_git_state(), "evidence_hash": release.evidence_hash}
+def create_run(
+    client: "MlflowClient",
+    experiment: "Experiment",
+    release: Release,
+    *,
+    parent: str | None = None,
+    source: Mapping[str, str] | None = None,
+) -> "Run":
+    """Opens the run that documents a release.
+
+    Args:
+        client: Of the registry.
+        experiment: To put it into.
+        release: What it documents.
+        parent: The run of the sweep that it is part of.
+        source: The state of the code, as `git_state` gives it; by default that of the working directory.
+    """
+    tags = {**release.tags, **(source or git_state()), "evidence_hash": release.evidence_hash}
+    tags |= {PARENT_RUN: parent} if parent else {}
     return client.create_run(experiment.experiment_id, tags=tags, run_name=f"{release.model}-{release.budget}")
 
 
-def _log_run(client: "MlflowClient", run: "Run", release: Release) -> None:
+def log_run(client: "MlflowClient", run: "Run", release: Release) -> None:
+    """Logs metrics, parameters and files of a release; again after a crash, it is the same."""
     from mlflow.entities import Metric, Param
 
     # The time of the run's start, not of this call: logged again after a crash, a metric is the same point.
     time = run.info.start_time
     points = [Metric(name, value, time, step=0) for name, value in metrics(release.documents).items()]
-    params = [Param(name, str(value)) for name, value in _run_parameters()]
+    params = [Param(name, str(value)) for name, value in run_parameters()]
     client.log_batch(run.info.run_id, metrics=points, params=params)
-    for name, path in {**release.metric_files, "params.yaml": PARAMETERS_FILE, "dvc.lock": LOCK_FILE}.items():
-        parent = Path(name).parent
-        client.log_artifact(run.info.run_id, str(path), None if parent == Path() else str(parent))
+    files = {**release.metric_files, **release.report_files, "params.yaml": PARAMETERS_FILE, "dvc.lock": LOCK_FILE}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in files.items():
+            named = Path(folder) / name
+            named.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, named)  # Without the protection that DVC gives files of its cache.
+        client.log_artifacts(run.info.run_id, folder)
 
 
-def _run_parameters() -> Iterator[tuple[str, Any]]:
+def run_parameters() -> Iterator[tuple[str, Any]]:
+    """What of `params.yaml` a run shows."""
     sections = load_parameters().model_dump(mode="json", include={"calibration", "recipe", "evaluation", "benchmark"})
     for section, values in sections.items():
         yield from ((f"{section}.{name}", value) for name, value in values.items())
@@ -313,7 +366,7 @@ def _log_model(
             _delete_unfinished(client, model)
         elif model.source_run_id == run.info.run_id:
             return model
-    tags = {**release.tags, **figure_tags(release.documents), **_git_state()}
+    tags = {**release.tags, **figure_tags(release.documents), **git_state()}
     name = re.sub(r"[^\w-]", "-", f"{release.model}-{release.budget}")  # MLflow allows no dots here.
     model = client.create_logged_model(
         experiment.experiment_id,
@@ -363,7 +416,8 @@ def _point_alias(client: "MlflowClient", alias: str, version: "ModelVersion") ->
         client.set_registered_model_alias(version.name, alias, str(version.version))
 
 
-def _git_state() -> dict[str, str]:
+def git_state() -> dict[str, str]:
+    """The commit of the working directory, and whether its code was changed since."""
     # dvc.lock changes with every run; it is logged itself.
     changed = ["git", "status", "--porcelain", "--", ".", f":(exclude){LOCK_FILE}"]
     try:

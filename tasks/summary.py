@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 
 from numprune.files import replace_on_success
 from tasks.layout import REPORT, benchmark_file, evaluation_file, plan_file
-from tasks.parameters import load_parameters
+from tasks.parameters import Parameters, Promotion, load_parameters
+from tasks.report.limits import check_limits
 from tasks.step import run_step
 
 
@@ -24,12 +25,16 @@ class Row(TypedDict):
     checkpoint_bytes: int
     perplexity: float
     perplexity_without_compensation: float | None
+    texts: dict[str, float]
+    """Perplexities on further texts."""
     tasks: dict[str, Any]
     """Accuracies, as in the evaluation file."""
     tokens_per_second: float
     speed_up: float
     """Tokens per second over those of the dense model in the same run."""
     peak_memory_bytes: int
+    beyond: list[str]
+    """The limits of `promotion` that it does not keep."""
 
 
 COLUMNS = (
@@ -43,6 +48,7 @@ COLUMNS = (
     "tokens/s",
     "speed-up",
     "peak memory",
+    "beyond limits",
 )
 
 
@@ -52,7 +58,7 @@ def summarise() -> None:
     from tasks.report.pages import write_pages
 
     parameters = load_parameters()
-    rows = [row for model in parameters.models for row in read_rows(model, parameters.budgets)]
+    rows = all_rows(parameters)
     with replace_on_success(REPORT / "summary.json") as path:
         path.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
     with replace_on_success(REPORT / "summary.md") as path:
@@ -62,8 +68,13 @@ def summarise() -> None:
     write_pages(parameters)
 
 
-def read_rows(model: str, budgets: Sequence[str]) -> list[Row]:
-    """The dense model, then each budget, by the share removed."""
+def all_rows(parameters: Parameters) -> list[Row]:
+    """The rows of every model."""
+    return [row for model in parameters.models for row in read_rows(model, parameters.budgets, parameters.promotion)]
+
+
+def read_rows(model: str, budgets: Sequence[str], promotion: Promotion) -> list[Row]:
+    """The dense model, then each budget, by the share removed; `promotion` has the limits."""
     dense = _read(evaluation_file(model, None))
     rows: list[Row] = []
     for budget in budgets:
@@ -72,8 +83,12 @@ def read_rows(model: str, budgets: Sequence[str]) -> list[Row]:
         )
         if not rows:
             # Each benchmark measures the dense model again; one of them stands for it.
-            rows.append(_row(model, None, 0.0, benchmark, dense))
-        rows.append(_row(model, budget, plan["achieved_ratio"], benchmark, evaluation))
+            rows.append(_row(model, None, 0.0, benchmark=benchmark, evaluation=dense, beyond=[]))
+        documents = {"plan.json": plan, "evaluation.json": evaluation, "benchmark.json": benchmark}
+        checks = check_limits(documents | {"dense/evaluation.json": dense}, promotion)
+        beyond = [check.criterion.name for check in checks if not check.criterion.passed]
+        removed = plan["achieved_ratio"]
+        rows.append(_row(model, budget, removed, benchmark=benchmark, evaluation=evaluation, beyond=beyond))
     return sorted(rows, key=lambda row: row["removed"])
 
 
@@ -91,6 +106,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row['tokens_per_second']:,.0f}",
         f"{row['speed_up']:.2f} x",
         f"{row['peak_memory_bytes'] / 1e6:,.0f} MB",
+        ", ".join(row["beyond"]),
     )
 
 
@@ -138,7 +154,15 @@ def draw(rows: Iterable[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _row(model: str, budget: str | None, removed: float, benchmark: dict[str, Any], evaluation: dict[str, Any]) -> Row:
+def _row(
+    model: str,
+    budget: str | None,
+    removed: float,
+    *,
+    benchmark: dict[str, Any],
+    evaluation: dict[str, Any],
+    beyond: list[str],
+) -> Row:
     cost = benchmark["dense" if budget is None else "pruned"]
     return Row(
         model=model,
@@ -148,10 +172,12 @@ def _row(model: str, budget: str | None, removed: float, benchmark: dict[str, An
         checkpoint_bytes=cost["checkpoint_bytes"],
         perplexity=evaluation["perplexity"],
         perplexity_without_compensation=evaluation.get("perplexity_without_compensation"),
+        texts={name: text["perplexity"] for name, text in evaluation["texts"].items()},
         tasks=evaluation["tasks"],
         tokens_per_second=cost["tokens_per_second"],
         speed_up=cost["tokens_per_second"] / benchmark["dense"]["tokens_per_second"],
         peak_memory_bytes=cost["peak_memory_bytes"],
+        beyond=beyond,
     )
 
 
@@ -161,6 +187,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _markdown(rows: Sequence[Row]) -> str:
     tables = [_table(COLUMNS, [cells(row) for row in rows])]
+    if texts := tuple(rows[0]["texts"]):
+        lines = [(cells(row)[0], *(f"{perplexity:.2f}" for perplexity in row["texts"].values())) for row in rows]
+        tables.append(_table(("perplexity", *texts), lines))
     for names in dict.fromkeys(tuple(row["tasks"]) for row in rows if row["tasks"]):
         lines = [
             (cells(row)[0], *map(_accuracy, row["tasks"].values())) for row in rows if tuple(row["tasks"]) == names

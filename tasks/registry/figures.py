@@ -7,7 +7,7 @@ from typing import Any
 
 # What has to be the same before figures of two versions can be compared; dates and library versions do not.
 _EVALUATION_PROTOCOL = ("tokens_sha256", "windows", "length", "stride", "bos_token", "dtype")
-_BENCHMARK_PROTOCOL = ("prompt_length", "new_tokens", "batch", "dtype", "device", "threads")
+_BENCHMARK_PROTOCOL = ("prompt_length", "new_tokens", "batch", "dtype", "device", "threads", "compiled")
 
 # As tags, because MLflow's page filters versions by tags, not by the metrics of their runs.
 _TAGGED = (
@@ -41,6 +41,10 @@ def metrics(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     for task, result in evaluation.get("tasks", {}).items():
         found |= {f"accuracy.{task}": result["accuracy"], f"accuracy_stderr.{task}": result.get("stderr")}
         found |= {f"accuracy_difference_stderr.{task}": result.get("against_dense", {}).get("stderr")}
+    for name, text in evaluation.get("texts", {}).items():
+        found[f"perplexity.{name}"] = text["perplexity"]
+    for name, text in dense.get("texts", {}).items():
+        found[f"dense_perplexity.{name}"] = text["perplexity"]
     for task, result in dense.get("tasks", {}).items():
         found |= {f"dense_accuracy.{task}": result["accuracy"]}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}

@@ -4,22 +4,17 @@ Results of other releases, uncommitted work and a second run beside it do not to
 any state; `prepare` mends that, and what was finished is not done again.
 """
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 from numprune.errors import NumpruneError
-from numprune.files import replace_on_success
-from tasks.parameters import PARAMETERS_FILE, Parameters, Registry, load_parameters
+from tasks.parameters import PARAMETERS_FILE, Parameters, load_parameters
 from tasks.releases.git import common_git_folder, git, main_checkout
 from tasks.releases.ledger import Entry, shaping_hash
-
-LOCK_FILE = "dvc.lock"
+from tasks.workspace import LOCK_FILE, end_orphans, link_registry, mend_locks, share_cache, write_parameters
 
 # In git's own folder of the worktree: written when everything else is there.
 _READY = "numprune-ready"
@@ -42,13 +37,13 @@ def prepare(entry: Entry, parameters: Parameters, root: Path) -> Path:
     folder = worktree_folder(entry, parameters, root)
     # Where git keeps what belongs to this worktree. It is named after the last part of the path.
     private = common_git_folder(root) / "worktrees" / folder.name
-    _end_orphans(folder)
+    end_orphans(folder)
     if not (private / _READY).exists() or not folder.is_dir():
         _add_worktree(entry, folder, private, root)
     for lock in (*private.glob("*.lock"), common_git_folder(root) / "refs/heads" / f"{entry.branch}.lock"):
         lock.unlink(missing_ok=True)  # Of a git that was killed: nobody else works in this worktree or on its branch.
-    _share_cache(folder, root)
-    _link_registry(parameters.registry, folder, root)
+    share_cache(folder, root)
+    link_registry(parameters.registry, folder, root)
     if not _is_prepared(entry, folder):
         if shaping_hash(parameters) != entry.key.parameters:
             raise NumpruneError(
@@ -57,8 +52,12 @@ def prepare(entry: Entry, parameters: Parameters, root: Path) -> Path:
             )
         # The lock of the base names the results of other models; the record of this release names its own.
         (folder / LOCK_FILE).unlink(missing_ok=True)
-        _write_parameters(entry, root / PARAMETERS_FILE, folder / PARAMETERS_FILE)
-    _mend_locks(folder)
+        only = {
+            "models": [entry.key.name],
+            "downloads": {entry.key.name: entry.release.download.model_dump(exclude_none=True)},
+        }
+        write_parameters(root / PARAMETERS_FILE, folder / PARAMETERS_FILE, only)
+    mend_locks(folder)
     (private / _READY).touch()
     return folder
 
@@ -145,36 +144,6 @@ def _add_worktree(entry: Entry, folder: Path, private: Path, root: Path) -> None
     git("worktree", "add", "--quiet", *new, str(folder), *([] if new else [entry.branch]), folder=root)
 
 
-def _share_cache(folder: Path, root: Path) -> None:
-    """Gives the worktree the local settings of DVC, remotes and their keys among them, and the same cache."""
-    from dvc.config import Config
-
-    original = Config(str(root / ".dvc"))
-    # As resolved there: a path in them counts from the folder of the file it stands in.
-    settings: dict[str, Any] = original.load_one("local")
-    for name, remote in original.load_one("repo")["remote"].items():
-        settings["remote"].setdefault(name, {}).setdefault("url", str(remote["url"]))
-    for remote in settings["remote"].values():
-        for key, value in remote.items():
-            remote[key] = str(value)
-    settings["cache"]["dir"] = str(original.get("cache", {}).get("dir") or root.resolve() / ".dvc/cache")
-    with Config(str(folder / ".dvc")).edit("local") as local:
-        local.clear()
-        local.update(settings)
-
-
-def _link_registry(registry: Registry, folder: Path, root: Path) -> None:
-    """A registry on disk is named relative to the checkout; the worktree has a link to the same."""
-    uri = registry.tracking_uri
-    places = [uri.removeprefix("sqlite:///")] if uri.startswith("sqlite:///") else []
-    places += [] if urlsplit(registry.artifacts).scheme else [registry.artifacts]
-    for place in {Path(place).parts[0] for place in places if not Path(place).is_absolute()}:
-        link = folder / place
-        if not link.exists():
-            (root / place).mkdir(exist_ok=True)
-            link.symlink_to((root / place).resolve(), target_is_directory=True)
-
-
 def _is_prepared(entry: Entry, folder: Path) -> bool:
     try:
         parameters = load_parameters(folder / PARAMETERS_FILE)
@@ -186,62 +155,6 @@ def _is_prepared(entry: Entry, folder: Path) -> bool:
         and parameters.models == [name]
         and parameters.downloads == {name: entry.release.download}
     )
-
-
-def _write_parameters(entry: Entry, source: Path, target: Path) -> None:
-    """Copies `params.yaml` with its comments, for one model and where it comes from."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 120
-    # As it is written in the file; by default it becomes nothing at all.
-    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    content = yaml.load(source.read_text(encoding="utf-8"))
-    content["models"] = [entry.key.name]
-    content["downloads"] = {entry.key.name: entry.release.download.model_dump(exclude_none=True)}
-    with replace_on_success(target) as temporary, temporary.open("w", encoding="utf-8") as file:
-        yaml.dump(content, file)
-
-
-def _end_orphans(folder: Path) -> None:
-    """Ends stages that outlived a killed run of this release: nobody reads what they print, and they hold locks."""
-    import psutil
-
-    orphans = [process for process in psutil.process_iter() if _is_stage(process, folder)]
-    for process in orphans:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(orphans, timeout=10)
-
-
-def _is_stage(process: Any, folder: Path) -> bool:
-    import psutil
-
-    try:
-        if Path(process.cwd()) != folder.resolve():
-            return False
-        words = process.cmdline()
-    except (psutil.Error, OSError):  # Gone, or of another user.
-        return False
-    return "-m" in words and words[words.index("-m") + 1].partition(".")[0] in {"dvc", "tasks"}
-
-
-def _mend_locks(folder: Path) -> None:
-    """DVC writes its files in place: what a kill cut short is dropped, and the cache has what the lock named."""
-    from dvc.dvcfile import Lockfile
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-
-    # Names processes that read and write; there are none, and their numbers may be those of others by now.
-    (folder / ".dvc/tmp/rwlock").unlink(missing_ok=True)
-    path = folder / LOCK_FILE
-    if path.exists():
-        try:
-            with Repo(str(folder)) as repo:
-                Lockfile(repo, str(path)).load()
-        except DvcException:
-            path.unlink()
 
 
 def _identity(folder: Path) -> list[str]:

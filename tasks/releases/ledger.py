@@ -62,6 +62,7 @@ _NOT_SHAPING = {
     "registry",
     "promotion",
     "signing",
+    "sweep",
     "watch",
     "reference",
 }

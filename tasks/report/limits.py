@@ -1,11 +1,12 @@
 """The limits of `params.yaml`, section `promotion`, held against a run by the same rules as at its promotion."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tasks.parameters import Promotion
 from tasks.registry.figures import metrics
 from tasks.registry.policy import Criterion, Figures, evaluate
-from tasks.report.results import Results
 
 # The line of the table that a criterion is about; a drop of accuracy is about the task's.
 _LINES = {
@@ -29,14 +30,13 @@ class Check:
     criterion: Criterion
 
 
-def check_limits(results: Results, promotion: Promotion) -> list[Check]:
-    """All limits on a run's own figures that are not null; how it compares with a champion is left to the registry."""
-    documents = {
-        "plan.json": {"achieved_ratio": results.plan.achieved_ratio},
-        "evaluation.json": results.pruned,
-        "benchmark.json": results.benchmark,
-        "dense/evaluation.json": results.dense,
-    }
+def check_limits(documents: Mapping[str, Mapping[str, Any]], promotion: Promotion) -> list[Check]:
+    """All limits on a run's own figures that are not null; how it compares with a champion is left to the registry.
+
+    Args:
+        documents: As `tasks.registry.figures.metrics` takes them.
+        promotion: The limits.
+    """
     own = promotion.model_copy(update={"undominated": False})
     criteria = evaluate(own, Figures(metrics(documents), protocol=""), champion=None)
     return [Check(_LINES.get(c.name, c.name.removeprefix("accuracy drop ")), c) for c in criteria]

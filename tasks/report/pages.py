@@ -11,17 +11,16 @@ from markupsafe import Markup
 from numprune.budget import readable
 from numprune.files import replace_on_success
 from numprune.recipe import recipe_name
-from tasks.layout import REPORT, report_page
+from tasks.layout import PLOTS, REPORT, report_page
 from tasks.parameters import Parameters
 from tasks.report.drawing import Plot
 from tasks.report.limits import Check, check_limits
 from tasks.report.lineage import library_command, locked_files, pipeline_command
 from tasks.report.plots import run_plots, sweep_plots
+from tasks.report.published import published
 from tasks.report.results import Results, read_results
 from tasks.report.sentences import sentences
 from tasks.report.table import cost_lines, quality_lines, workload_lines
-
-PLOTS = REPORT / "plots"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def write_pages(parameters: Parameters) -> None:
             models[model] = []
             for budget in parameters.budgets:
                 results = read_results(model, budget, parameters.workload)
-                run = _Run(results, check_limits(results, parameters.promotion))
+                run = _Run(results, check_limits(results.documents, parameters.promotion))
                 models[model].append(run)
                 page = _run_page(environment, run, parameters, plots)
                 (runs / Path(run.page).name).write_text(page, encoding="utf-8")
@@ -83,6 +82,7 @@ def _run_page(environment: Environment, run: _Run, parameters: Parameters, plots
         sentences=sentences(results),
         sections={"Quality": quality_lines(results, run.checks), "Cost": cost_lines(results, run.checks)},
         workloads=workload_lines(results),
+        published=published(results),
         plots=drawn,
         plots_folder=f"../{PLOTS.name}/{results.name}",
         recipe=_flat(asdict(results.recipe)),
@@ -91,8 +91,8 @@ def _run_page(environment: Environment, run: _Run, parameters: Parameters, plots
         pipeline_command=pipeline_command(results.model, results.budget),
         library_command=library_command(results, parameters),
         protocols={
-            "evaluation": results.pruned["protocol"],
-            "benchmark": results.benchmark["protocol"],
+            "evaluation": _flat(results.pruned["protocol"]) | results.timing,
+            "benchmark": _flat(results.benchmark["protocol"]),
             "calibration": parameters.calibration.model_dump(),
         },
     )
@@ -103,7 +103,12 @@ def _sweep_page(environment: Environment, models: Mapping[str, Sequence[_Run]], 
         model: _saved(sweep_plots(model, [run.results for run in runs]), plots / "sweep")
         for model, runs in models.items()
     }
-    return environment.get_template("sweep.html").render(models=models, plots=drawn, plots_folder=f"{PLOTS.name}/sweep")
+    return environment.get_template("sweep.html").render(
+        models=models,
+        plots=drawn,
+        plots_folder=f"{PLOTS.name}/sweep",
+        published=[said for run in next(iter(models.values())) if (said := published(run.results))],
+    )
 
 
 def _saved(plots: Sequence[Plot], folder: Path) -> list[Plot]:

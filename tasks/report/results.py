@@ -14,7 +14,15 @@ from numprune.checkpoint import load_shapes
 from numprune.plan import PruningPlan
 from numprune.ranking import Ranking, load_rankings
 from numprune.recipe import Recipe
-from tasks.layout import benchmark_file, comparison_file, evaluation_file, model_folder, plan_file, scores_file
+from tasks.layout import (
+    benchmark_file,
+    comparison_file,
+    evaluation_file,
+    model_folder,
+    plan_file,
+    scores_file,
+    timing_file,
+)
 from tasks.parameters import Workload
 
 
@@ -30,6 +38,7 @@ class Results:
         pruned: Evaluation of the pruned one.
         benchmark: Cost of both.
         comparison: Hidden states and generated text of both.
+        timing: How long the evaluation took, and when it was done.
         rankings: By the group's name; empty where the recipe ranks once the budget is known.
         prices: Of the units in the order in which they go, by the group's name; empty where the threshold is none on
             them.
@@ -42,6 +51,7 @@ class Results:
     pruned: dict[str, Any]
     benchmark: dict[str, Any]
     comparison: dict[str, Any]
+    timing: dict[str, Any]
     rankings: dict[str, Ranking]
     prices: dict[str, Tensor]
 
@@ -56,6 +66,16 @@ class Results:
         settings = dict(self.plan.recipe)
         shapes, penalty = Shapes(**settings.pop("shapes")), float(settings.pop("penalty"))
         return Recipe(shapes=shapes, penalty=penalty, **settings)
+
+    @property
+    def documents(self) -> dict[str, dict[str, Any]]:
+        """What `tasks.registry.figures.metrics` takes."""
+        return {
+            "plan.json": {"achieved_ratio": self.plan.achieved_ratio},
+            "evaluation.json": self.pruned,
+            "benchmark.json": self.benchmark,
+            "dense/evaluation.json": self.dense,
+        }
 
     @property
     def perplexity_ratio(self) -> float:
@@ -85,6 +105,7 @@ def read_results(model: str, budget: str, workload: Workload) -> Results:
         pruned=_read(evaluation_file(model, budget)),
         benchmark=_read(benchmark_file(model, budget)),
         comparison=_read(comparison_file(model, budget)),
+        timing=_read(timing_file(model, budget)),
         rankings=rankings,
         prices={},
     )

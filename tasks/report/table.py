@@ -50,6 +50,12 @@ def quality_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
         lines.append(
             _line("Bits per byte", dense["bits_per_byte"], pruned["bits_per_byte"], "{:.4f}".format, checks=checks)
         )
+    for text, figures in pruned["texts"].items():
+        before = dense["texts"][text]["perplexity"]
+        note = f"{figures['windows']} windows of {figures['length']} tokens"
+        lines.append(
+            _line(f"Perplexity {text}", before, figures["perplexity"], "{:.2f}".format, checks=checks, note=note)
+        )
     for task, figures in pruned["tasks"].items():
         against = figures["against_dense"]
         low, high = 100 * against["low"], 100 * against["high"]
@@ -102,6 +108,7 @@ def cost_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
         counted("Operations per token", "flops_per_token", "flops", "by count"),
         counted("Bytes read per token", "bytes_per_token", "memory", "by count: weights, and cached keys and values"),
         counted("Key/value cache per token", "cache_bytes_per_token", "memory", "by count"),
+        counted("Key/value cache at the end", "cache_bytes", "memory", f"by count, batch {protocol['batch']}"),
     ]
 
 

@@ -13,6 +13,7 @@ from tests.flows.conftest import ROOT
 def parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parameters:
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copytree(ROOT / "evaluation", tmp_path / "evaluation")
     folder = tmp_path / "models/reference-llama"
     folder.mkdir(parents=True)
     (folder / "config.json").touch()
@@ -24,7 +25,7 @@ def test_what_is_there_passes(parameters: Parameters) -> None:
     check_inputs(parameters)
 
 
-def test_all_that_is_missing_is_named(parameters: Parameters) -> None:
+def test_all_that_is_missing_is_named(parameters: Parameters, monkeypatch: pytest.MonkeyPatch) -> None:
     pickled = Path("models/pickled")
     pickled.mkdir()
     (pickled / "config.json").touch()
@@ -34,13 +35,21 @@ def test_all_that_is_missing_is_named(parameters: Parameters) -> None:
             "models": ["absent", "pickled", "fetched"],
             "downloads": {"fetched": Download(repository="owner/name", revision="0" * 40)},
             "calibration": parameters.calibration.model_copy(update={"data": "owner/data:train"}),
+            "evaluation": parameters.evaluation.model_copy(
+                update={"tasks": ["documentation_word_order", "paper", "boolk"]}
+            ),
+            "benchmark": parameters.benchmark.model_copy(update={"compile": True}),
             "corpus": parameters.corpus.model_copy(update={"calibration": ["no_such_package"]}),
         }
     )
-    with pytest.raises(NumpruneError, match=r"4 mistake\(s\)") as caught:
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(NumpruneError, match=r"6 mistake\(s\)") as caught:
         check_inputs(wrong)
     message = str(caught.value)
     assert "models/absent holds no model" in message
     assert "pytorch_model.bin" in message
     assert "owner/data:train is no file" in message
+    assert "neither lm-eval nor evaluation has boolk;" in message
+    assert "benchmark.compile: needs a C++ compiler" in message
     assert "no_such_package" in message

@@ -3,9 +3,11 @@
 The tests go through the life of one checkout, in the order in which they stand here.
 """
 
+import contextlib
 import hashlib
 import json
 import signal
+import sqlite3
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.pipeline
 
 ALL_STAGES = {
     "corpus",
+    "texts",
     "calibrate",
     "capture",
     "score",
@@ -31,7 +34,7 @@ ALL_STAGES = {
 }
 FROM_PRUNE_ON = {"prune", "compensate", "evaluate", "benchmark", "summary"}
 # Timings differ from run to run, and what is made from them.
-TIMED = ("benchmark.json", "report/")
+TIMED = ("benchmark.json", "timing.json", "report/")
 
 
 def locked_results(root: Path) -> dict[str, str]:
@@ -46,7 +49,7 @@ def test_dvc_alone_reproduces_every_file(checkout: Checkout) -> None:
     assert not (checkout.root / "mlflow").exists()
     assert not (checkout.root / ".prefect").exists()
     first = locked_results(checkout.root)
-    assert len(first) == 13
+    assert len(first) == 14
 
     # Again from nothing, under Prefect: the same contents.
     for name in ("dvc.lock", "artifacts", "report", "data", ".dvc/cache"):
@@ -54,7 +57,7 @@ def test_dvc_alone_reproduces_every_file(checkout: Checkout) -> None:
     run = checkout.compress()
     assert run.code == 0, run.output
     assert run.ran == ALL_STAGES
-    assert "10 stages run, 0 unchanged; 1 of 1 versions newly published." in run.output
+    assert "11 stages run, 0 unchanged; 1 of 1 versions newly published." in run.output
     assert locked_results(checkout.root) == first
 
 
@@ -63,7 +66,7 @@ def test_second_run_does_nothing(checkout: Checkout) -> None:
     run = checkout.compress()
     assert run.code == 0, run.output
     assert run.ran == set()
-    assert "0 stages run, 10 unchanged; 0 of 1 versions newly published." in run.output
+    assert "0 stages run, 11 unchanged; 0 of 1 versions newly published." in run.output
     assert (checkout.root / "dvc.lock").read_bytes() == before
 
 
@@ -95,6 +98,39 @@ print(json.dumps({"parameters": model.num_parameters(), "tags": candidate.tags})
     assert said["tags"]["git_commit"] == checkout.run("git", "rev-parse", "HEAD").stdout.strip()
 
 
+def test_sweep_has_parameters_and_results_of_its_own_and_computes_nothing_twice(checkout: Checkout) -> None:
+    root = checkout.root
+    before = {path: path.read_bytes() for path in (root / "params.yaml", root / "dvc.lock", root / "report/index.html")}
+    versions = "SELECT count(*) FROM model_versions"
+    wrong = checkout.run(sys.executable, "-m", "flows.sweep", "--budgets", "0.2,1.4", "--models", f"{MODEL},{MODEL}")
+    assert wrong.returncode == 2
+    assert "params.yaml has 2 mistake(s)" in wrong.stdout
+    assert not (root / ".numprune").exists()
+
+    command = (sys.executable, "-m", "flows.sweep", "--budgets", "0.2,0.4")
+    done = checkout.run(*command)
+    assert done.returncode == 0, done.stdout
+    # One plan, checkpoint, evaluation, benchmark and the summary; all that is shared comes from the cache.
+    assert "5 stages run, 0 unchanged, 10 restored from DVC's cache; the sweep is recorded" in done.stdout
+    assert f"{MODEL} 0.4" in done.stdout
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not (root / f"artifacts/{MODEL}/0.4").exists()
+    page = (root / "report/sweep/index.html").read_text(encoding="utf-8")
+    assert f"runs/{MODEL}-0.4.html" in page
+    assert f"runs/{MODEL}-0.2.html" in page
+
+    again = checkout.run(*command)
+    assert again.returncode == 0, again.stdout
+    assert "0 stages run, 15 unchanged; the sweep is already recorded" in again.stdout
+    with contextlib.closing(sqlite3.connect(root / "mlflow/mlflow.db")) as database:
+        assert database.execute(versions).fetchone() == (1,)
+        children = "SELECT count(*) FROM tags WHERE key = 'mlflow.parentRunId'"
+        assert database.execute(children).fetchone() == (2,)
+        named = "SELECT key, value FROM tags WHERE key IN ('git_commit', 'git_dirty')"
+        states = set(database.execute(named))
+    assert states == {("git_dirty", "false"), ("git_commit", checkout.run("git", "rev-parse", "HEAD").stdout.strip())}
+
+
 def test_another_budget_redoes_nothing_before_the_plan(checkout: Checkout) -> None:
     checkout.edit_parameters(lambda content: content.update(budgets=[0.2, "size-300kB"]))
     run = checkout.compress()
@@ -102,7 +138,7 @@ def test_another_budget_redoes_nothing_before_the_plan(checkout: Checkout) -> No
     assert run.ran == FROM_PRUNE_ON
     assert run.ended[f"evaluate@{MODEL}-0.2"] == "Unchanged"
     assert run.ended[f"evaluate@{MODEL}-size-300kB"] == "Completed"
-    assert "5 stages run, 9 unchanged; 1 of 2 versions newly published." in run.output
+    assert "5 stages run, 10 unchanged; 1 of 2 versions newly published." in run.output
 
 
 def test_another_calibration_seed_redoes_what_depends_on_it(checkout: Checkout) -> None:
@@ -113,7 +149,7 @@ def test_another_calibration_seed_redoes_what_depends_on_it(checkout: Checkout) 
     checkout.edit_parameters(edit)
     run = checkout.compress()
     assert run.code == 0, run.output
-    assert run.ran == ALL_STAGES - {"corpus", "evaluate_dense"}
+    assert run.ran == ALL_STAGES - {"corpus", "texts", "evaluate_dense"}
     assert "1 of 1 versions newly published." in run.output
 
 

@@ -1,15 +1,20 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from transformers import AutoTokenizer
 
 from numprune.checkpoint import load_model
 from numprune.errors import NumpruneError
-from tasks.accuracy import Answers, answer
+from numprune.generation_benchmark import generate
+from tasks.accuracy import Answers, answer, expand, unknown_tasks
 from tasks.corpus import write_corpus
 from tasks.questions import write_questions
 
@@ -60,6 +65,61 @@ def test_accuracy_equals_that_of_lm_evals_own_command(answers: dict[str, Answers
     for name, mine in answers.items():
         assert mine.accuracy == pytest.approx(theirs[name]["acc,none"], abs=1e-12)
         assert mine.stderr == pytest.approx(theirs[name]["acc_stderr,none"], abs=1e-12)
+
+
+def write_task(folder: Path, name: str, **settings: Any) -> None:
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def test_a_group_is_one_entry_for_all_its_questions(
+    answers: dict[str, Answers], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(questions)
+    folder = tmp_path / "tasks"
+    shutil.copytree(ROOT / "evaluation", folder)
+    both = ["documentation_last_word", "documentation_word_order"]
+    average = [{"metric": "acc", "weight_by_size": True}]
+    write_task(folder, "documentation", group="documentation", task=both, aggregate_metric_list=average)
+    assert unknown_tasks(["documentation", *both], folder) == []
+    grouped = answer(load_model(MODEL), MODEL, ["documentation"], include=folder, limit=None, batch_size=7)
+    assert grouped.keys() == {"documentation"}
+    assert grouped["documentation"].correct == answers[both[0]].correct + answers[both[1]].correct
+
+
+def test_generated_answers_are_compared_with_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    rows = []
+    for number, question in enumerate(
+        ("Returns the", "The number of nodes in", "Parameters of a", "If the graph is not")
+    ):
+        prompt = tokenizer(question, return_tensors="pt").input_ids
+        written = tokenizer.decode(generate(model, prompt, 8)[0, prompt.shape[1] :])
+        # What the model writes is the right answer to every other question.
+        rows.append({"question": question, "answer": written if number % 2 else "another"})
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_task(
+        tmp_path,
+        "writing",
+        task="writing",
+        dataset_path="json",
+        dataset_kwargs={"data_files": {"test": "data.jsonl"}},
+        test_split="test",
+        output_type="generate_until",
+        doc_to_text="{{question}}",
+        doc_to_target="{{answer}}",
+        generation_kwargs={"until": ["<no such text>"], "max_gen_toks": 8, "do_sample": False},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+    given = answer(model, MODEL, ["writing"], include=tmp_path, limit=None, batch_size=3)
+    assert (given["writing"].metric, given["writing"].correct) == ("exact_match", (0.0, 1.0, 0.0, 1.0))
+
+
+def test_a_set_of_tasks_names_each_once() -> None:
+    assert expand(["gsm8k", "paper"])[:2] == ["gsm8k", "boolq"]
+    assert len(expand(["gsm8k", "paper"])) == 9
 
 
 def test_paired_difference() -> None:

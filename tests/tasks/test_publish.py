@@ -151,6 +151,7 @@ def check_mended(client: MlflowClient) -> None:
         "create_run",
         "log_batch",
         "log_artifact",
+        "log_artifacts",
         "create_logged_model",
         "set_logged_model_tags",
         "finalize_logged_model",
@@ -185,7 +186,7 @@ def test_a_crash_and_another_commit_leave_tags_and_statement_of_one_moment(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crash_once(monkeypatch, MlflowClient, "finalize_logged_model", "after")
-    monkeypatch.setattr("tasks.publish._git_state", lambda: {"git_commit": "another", "git_dirty": "false"})
+    monkeypatch.setattr("tasks.publish.git_state", lambda: {"git_commit": "another", "git_dirty": "false"})
     publish(MODEL, "0.2")
     version = client.get_model_version(MODEL, "1")
     assert version.tags["git_commit"] != "another"

@@ -1,7 +1,6 @@
 """What the pages are made of."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from numprune.allocation import Shapes
-from tasks.layout import report_page
+from tasks.layout import SWEEP_REPORT, report_page
 from tasks.parameters import Promotion, load_parameters
 from tasks.report.commands import app
 from tasks.report.limits import check_limits
@@ -58,11 +57,11 @@ def test_front_is_what_nothing_dominates(points: list[tuple[int, int]]) -> None:
 )
 def test_limits(results: Results, limits: dict, met: list[bool]) -> None:
     promotion = NO_LIMITS.model_copy(update=limits)
-    assert [check.criterion.passed for check in check_limits(results, promotion)] == met
+    assert [check.criterion.passed for check in check_limits(results.documents, promotion)] == met
 
 
 def test_table_has_every_metric_and_flags_what_is_beyond_a_limit(results: Results) -> None:
-    checks = check_limits(results, NO_LIMITS.model_copy(update={"max_perplexity_ratio": 1.01}))
+    checks = check_limits(results.documents, NO_LIMITS.model_copy(update={"max_perplexity_ratio": 1.01}))
     quality, cost = quality_lines(results, checks), cost_lines(results, checks)
     assert [line.metric for line in quality if line.broken] == ["Perplexity"]
     assert not any(line.broken for line in cost)
@@ -127,14 +126,18 @@ def test_library_command(results: Results) -> None:
 def test_command_names_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
-    missing = CliRunner().invoke(app, [MODEL, "0.5"])
+    missing = CliRunner().invoke(app, [f"{MODEL}-0.5"])
     assert missing.exit_code == 2
-    assert "small-0.5.html is not there" in missing.output
-    page = report_page(MODEL, "0.5")
-    page.parent.mkdir(parents=True)
-    page.touch()
-    assert CliRunner().invoke(app, [MODEL, "0.5"]).output == f"{page.absolute()}\n"
+    assert "run `make demo` or `make sweep` first" in missing.output
+    page, swept = report_page(MODEL, "0.5"), SWEEP_REPORT / "runs" / f"{MODEL}-0.3.html"
+    for path in (page, swept, SWEEP_REPORT / "index.html"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert CliRunner().invoke(app, [f"{MODEL}-0.5"]).output == f"{page.absolute()}\n"
+    assert CliRunner().invoke(app, [f"{MODEL}-0.3"]).output == f"{swept.absolute()}\n"
     assert opened == []
-    assert CliRunner().invoke(app, [MODEL, "0.5", "--open"]).exit_code == 0
-    assert opened == [Path(page).absolute().as_uri()]
-    assert CliRunner().invoke(app, [MODEL]).exit_code == 2
+    assert CliRunner().invoke(app, ["sweep", "--open"]).exit_code == 0
+    assert opened == [(SWEEP_REPORT / "index.html").absolute().as_uri()]
+    other = CliRunner().invoke(app, [f"{MODEL}-0.4"])
+    assert other.exit_code == 2
+    assert f"there are pages of sweep, {MODEL}-0.3, {MODEL}-0.5" in other.output
