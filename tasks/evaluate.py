@@ -24,33 +24,22 @@ from numprune.plan import PruningPlan
 from numprune.progress import track
 from numprune.pruning import apply_plan
 from numprune.samples import fingerprint
-<<<<<<< HEAD
 from numprune.streaming import answering
-from tasks.accuracy import Answers, answer
-from tasks.comparison import compare
-from tasks.layout import (
-=======
 from numprune.texts import bos_token, describe
 from tasks.accuracy import SEEDS, Answers, answer, expand
 from tasks.comparison import compare
 from tasks.layout import (
     TEXTS_FOLDER,
->>>>>>> f2e9330 (Sweep: many budgets and models in one command, with a run in MLflow above those of all of them)
     answers_file,
     checkpoint_folder,
     comparison_file,
     evaluation_file,
     model_folder,
     plan_file,
-<<<<<<< HEAD
     run_folder,
-)
-from tasks.parameters import Parameters, load_parameters
-=======
     timing_file,
 )
 from tasks.parameters import Evaluation, Parameters, load_parameters
->>>>>>> f2e9330 (Sweep: many budgets and models in one command, with a run in MLflow above those of all of them)
 from tasks.step import run_step
 
 # What figures depend on, apart from the parameters.
@@ -67,7 +56,6 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
     windows, text_bytes = evaluation_windows(
         settings.data, str(dense_folder), length=settings.length, max_tokens=settings.max_tokens
     )
-
     texts = {name: _windows(name, dense_folder, settings) for name in settings.texts}
 
     def measure(subject: PreTrainedModel, title: str) -> Perplexity:
