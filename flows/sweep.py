@@ -83,7 +83,7 @@ def _measure(
     rows = all_rows(parameters)
     with replace_on_success(root / SWEEP_REPORT) as folder:
         shutil.copytree(REPORT, folder)
-    state = "recorded" if recorded.is_new else "is already recorded"
+    state = "is recorded" if recorded.is_new else "is already recorded"
     sentence = f"{counted(endings)}; the sweep {state} in MLflow as run {recorded.run_id}."
     show_table(rows, "dense-against-pruned-sweep", sentence)
     get_run_logger().info(sentence)
