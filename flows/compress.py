@@ -288,7 +288,7 @@ def show_table(
     for line in lines:
         drawn.add_row(*line)
     # Where the output is no terminal, its width is unknown, and a table cut at 80 columns cannot be read.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     console.print(drawn)
     console.print(sentence, highlight=False)
 
