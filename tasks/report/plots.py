@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from numprune.allocation import Allocation
@@ -303,6 +303,7 @@ def quality_against(model: str, runs: Sequence[Results], what: str) -> Plot:
                 textcoords="offset points",
                 ha="right" if less_is_better else "left",
             )
+        panel.xaxis.set_major_locator(_few_round_ticks())
         panel.set_xlabel(label)
         panel.set_ylabel("perplexity")
         panel.margins(0.22, 0.2)
@@ -319,6 +320,11 @@ def quality_against(model: str, runs: Sequence[Results], what: str) -> Plot:
         columns=("budget", label, "perplexity", "on the Pareto front"),
         rows=[(*point, index in front) for index, point in enumerate(points)],
     )
+
+
+def _few_round_ticks() -> MaxNLocator:
+    """Few enough that labels such as 1.0025 do not meet, and none between two whole per cent."""
+    return MaxNLocator(5, steps=[1, 2, 5, 10])
 
 
 def _megabytes(key: str) -> Callable[[Mapping[str, Any], str], float]:
@@ -349,6 +355,7 @@ def compensation(model: str, runs: Sequence[Results]) -> Plot:
         panel.plot(removed, without, color=ORANGE, marker="s", linestyle="--", label="before compensation")
         panel.plot(removed, pruned, color=BLUE, marker="o", label="after compensation")
         panel.axhline(dense, color=MUTED, linestyle=":", label="dense")
+        panel.xaxis.set_major_locator(_few_round_ticks())
         panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         panel.set_xlabel("attention and MLP parameters removed")
         panel.set_ylabel("perplexity")
