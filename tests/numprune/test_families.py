@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from numprune.architectures import after_blocks, all_groups, check_supported, decoder_blocks, layout_of, linear
+from numprune.budget import Budget, linear_costs
 from numprune.capture import capture
 from numprune.checkpoint import load_model, open_model
 from numprune.cutting import cut
@@ -186,6 +187,18 @@ def test_losses_are_those_of_a_whole_forward_pass(model, input_ids):
     expected = torch.nn.functional.cross_entropy(scores.transpose(1, 2), input_ids[:, 1:], reduction="none").sum(1)
     found = torch.cat(list(window_losses(model, input_ids, batch_size=4)))
     torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=0)
+
+
+def test_a_unit_costs_the_cache_that_its_layer_really_keeps(model):
+    """Some layers of some families have a window: against the keys and values in a cache after twice its length."""
+    with torch.no_grad():
+        cache = model(INPUT_IDS[:1, :16], use_cache=True).past_key_values
+    costs = linear_costs(model, Budget("memory", 1, batch=1, length=16))
+    for group in all_groups(model):
+        if group.kind == "attention":
+            layer = cache.layers[group.block]
+            elements = 2 * min(16, getattr(layer, "sliding_window", 16)) * layer.keys.shape[-1]
+            assert costs.unit[group.name] == (group.unit_parameters + elements) * model.dtype.itemsize
 
 
 @torch.no_grad()
