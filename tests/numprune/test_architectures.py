@@ -1,9 +1,13 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig, MixtralConfig, T5Config
 
 from numprune.architectures import check_supported, head_dim, layer_widths, linear, prunable_groups
 from numprune.errors import NumpruneError
+from numprune.ragged import LAYOUTS
 from numprune.slicing import slice_block
 
 
@@ -42,9 +46,14 @@ def test_absent_modules_are_no_groups_and_have_no_width(model):
     "config", [MixtralConfig(), T5Config(), MambaConfig(), GPT2Config()], ids=lambda c: c.model_type
 )
 def test_unsupported_architectures_name_the_supported(config):
-    message = f"{config.model_type!r} is not supported.*llama, mistral, qwen2, .*opt; docs/architectures.md"
+    message = f"{config.model_type!r} is not supported.*llama, mistral, qwen2, .*opt.*; docs/architectures.md"
     with pytest.raises(NumpruneError, match=message):
         check_supported(config)
+
+
+def test_the_page_of_architectures_lists_the_families():
+    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \| [A-Z]", page, re.MULTILINE) == list(LAYOUTS)
 
 
 def test_a_replaced_projection_is_refused(llama):
