@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.numprune-ready
 TORCH := torch==2.13.0
+VLLM := .venv-vllm
 
 # The first Python that works; set PYTHON=... to choose another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo sweep repro test test-servers train ui-prefect ui-mlflow servers clean
+.PHONY: help setup demo sweep repro test test-engines test-servers train ui-prefect ui-mlflow servers clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +42,19 @@ test: setup ## Format, lint, types, unit tests, then the pipeline tests.
 	@$(BIN)/mypy
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not pipeline and not servers and not gpu and not engines"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "pipeline and not gpu and not engines"
+
+# vLLM wants an older transformers than the rest: it has an environment of its own.
+$(VLLM)/.ready: tests/engines/vllm.txt pyproject.toml
+	@test -x $(VLLM)/bin/python || { echo "Creating $(VLLM) with $(PYTHON)"; $(PYTHON) -m venv $(VLLM); }
+	@echo "Installing vLLM (a few minutes the first time)"
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/engines/vllm.txt
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-engines: setup $(VLLM)/.ready ## Pruned models in transformers, llama.cpp and vLLM; writes the table of docs/engines.md.
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/engines --engine-results docs/engines.json
+	@$(BIN)/python -m tests.engines.table --write
 
 train: setup ## Train the reference model again (an hour or more on a CPU).
 	@$(BIN)/python -m flows.train_reference

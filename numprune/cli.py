@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from numprune.architectures import KINDS, all_groups, check_supported, decoder_blocks, prunable_groups
 from numprune.budget import linear_costs, readable
 from numprune.calibration import check_data, draw_samples, evaluation_windows
+from numprune.card import write_card
 from numprune.checkpoint import (
     check_output,
     fetch,
@@ -44,6 +45,7 @@ from numprune.plan import PruningPlan, Source, make_plan, to_ranges
 from numprune.planning import choose_within
 from numprune.progress import track
 from numprune.pruning import apply_plan, capture_to
+from numprune.push import push
 from numprune.ranks import is_first, joined, meet
 from numprune.resume import unfinished
 from numprune.samples import fingerprint
@@ -92,6 +94,7 @@ def prune(
         form = save_pruned(dense, job.folder, output, plan, measured.input_ids)
     if not is_first():
         return
+    write_card(output, form)
     before, after = weight_bytes(job.folder), weight_bytes(output)
     typer.echo(f"{plan.achieved_ratio:.2%} of {plan.dense_parameters:,} attention and MLP parameters are gone.")
     typer.echo(f"Weights: {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB in {output}")
@@ -240,6 +243,23 @@ def _groups_table(model: PreTrainedModel) -> Table:
     for description, blocks in alike.items():
         table.add_row(to_ranges(blocks), *description)
     return table
+
+
+@app.command("push")
+def push_to_hub(
+    folder: Annotated[Path, typer.Argument(help="Folder that `numprune prune` wrote.", metavar="DIR")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub.", metavar="REPO_ID")],
+    public: Annotated[bool, typer.Option("--public", help="Everybody may read it; private otherwise.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Uploads a pruned checkpoint to the Hugging Face Hub, privately unless told otherwise.
+
+    The token is that of `hf auth login` or of the variable HF_TOKEN.
+
+    Example:
+        numprune push out/ my-team/my-model-pruned
+    """
+    typer.echo(push(folder, repository, public=public))
 
 
 export = typer.Typer(help="Writes a checkpoint in the format of another engine.", no_args_is_help=True)

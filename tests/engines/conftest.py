@@ -3,14 +3,34 @@
 import json
 import socket
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+)
 
 from numprune.architectures import decoder_blocks, prunable_groups
 from numprune.checkpoint import load_model
@@ -33,7 +53,27 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
+# Families take the channels of a head from the hidden size where they know no head_dim.
+_WIDE = SIZES | {"hidden_size": 256}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_WIDE),
+    "mistral": MistralConfig(**_WIDE, sliding_window=64),
+    "qwen2": Qwen2Config(**_WIDE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**_WIDE),
+    "smollm3": SmolLM3Config(**_WIDE, no_rope_layers=[1, 0, 1]),
+    "gemma2": Gemma2Config(**_WIDE, sliding_window=64, query_pre_attn_scalar=32),
+    "gemma3_text": Gemma3TextConfig(**_WIDE, sliding_window=64, query_pre_attn_scalar=32),
+    "phi3": Phi3Config(**_WIDE),
+    "olmo2": Olmo2Config(**_WIDE),
+    "olmo3": Olmo3Config(**_WIDE, sliding_window=64),
+    "stablelm": StableLmConfig(**_WIDE, use_qkv_bias=True),
+    "cohere": CohereConfig(**_WIDE, logit_scale=0.3),
+    "cohere2": Cohere2Config(**_WIDE, sliding_window=64),
+    "gpt_neox": GPTNeoXConfig(**_WIDE),
+    "opt": OPTConfig(**_WIDE, ffn_dim=48, word_embed_proj_dim=256),
+}
 SHAPES = ("uniform", "ragged")
+CELLS = [(name, shape) for name in FAMILIES for shape in SHAPES]
 PROMPTS = [[57, 3, 240, 18], [101], [7, 7, 7, 250, 31, 99, 14, 180, 64, 2]]
 TOKENS = 12
 
@@ -60,22 +100,49 @@ def cut(model: PreTrainedModel, shape: str) -> PreTrainedModel:
 Prune = Callable[..., Path]
 
 
-@pytest.fixture
-def prune(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Prune:
+@pytest.fixture(scope="session")
+def prune(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Prune:
     """Saves a random model of a configuration, pruned to a shape and changed otherwise; returns the folder."""
 
     def run(
         config: PreTrainedConfig, shape: str = "uniform", change: Callable[[Any], Any] = lambda model: model
     ) -> Path:
-        dense, output = tmp_path / "dense", tmp_path / shape
-        random_model(config).save_pretrained(dense)
-        tokenizer.save_pretrained(dense)
-        model = change(cut(load_model(dense, dtype=torch.float32), shape))
+        folder = tmp_path_factory.mktemp(config.model_type)
+        random_model(config).save_pretrained(folder / "dense")
+        tokenizer.save_pretrained(folder / "dense")
+        model = change(cut(load_model(folder / "dense", dtype=torch.float32), shape))
         plan: Any = SimpleNamespace(save=Path.touch)
-        save_pruned(model, dense, output, plan, torch.zeros(1, 2, dtype=torch.long))
-        return output
+        save_pruned(model, folder / "dense", folder / shape, plan, torch.zeros(1, 2, dtype=torch.long))
+        return folder / shape
 
     return run
+
+
+_RESULTS = pytest.StashKey[dict[str, dict[str, str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engine-results", type=Path, help="JSON file to write what works in which engine to.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RESULTS] = {}
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, str, str], None]]:
+    """Notes what became of a family and a shape in an engine; it counts if the test passes."""
+    found: list[tuple[str, str, str, str]] = []
+    yield lambda family, engine, shape, outcome: found.append((family, engine, shape, outcome))
+    if not request.session.testsfailed:
+        for family, engine, shape, outcome in found:
+            request.config.stash[_RESULTS].setdefault(family, {})[f"{engine} {shape}"] = outcome
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    path = session.config.getoption("--engine-results", default=None)
+    if path and exitstatus == pytest.ExitCode.OK:
+        path.write_text(json.dumps(session.config.stash[_RESULTS], indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def reference(folder: Path) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """Runs in an environment of vLLM's own: continues prompts greedily with one folder after the other.
 
-Reads jobs as JSON from standard input and writes the tokens, or the error, of each to the file that is named.
+Reads jobs from the first file and writes the tokens, or the error, of each to the second.
 """
 
 import gc
@@ -14,9 +14,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    engine = LLM(
-        job["folder"], dtype="float32", max_model_len=job["length"], enforce_eager=True, **job.get("options", {})
-    )
+    engine = LLM(job["folder"], dtype="float32", max_model_len=job["length"], enforce_eager=True, **job["options"])
     settings = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True)
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
     outputs = engine.generate(prompts, settings, use_tqdm=False)
@@ -28,9 +26,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     answers = []
-    for job in json.load(sys.stdin):
+    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         try:
             answers.append(run(job))
         except Exception as error:  # What vLLM says of a model it cannot load is the result.
-            answers.append({"error": f"{type(error).__name__}: {error}"})
-    Path(sys.argv[1]).write_text(json.dumps(answers), encoding="utf-8")
+            answers.append({"error": f"{type(error).__name__}: {error}"[:500]})
+    Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")

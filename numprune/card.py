@@ -1,0 +1,95 @@
+"""The card of a pruned folder: what was removed, the widths that are left, and how each engine loads it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numprune.architectures import layer_widths
+from numprune.checkpoint import PLAN_FILE, load_shapes
+from numprune.files import replace_on_success
+from numprune.plan import PruningPlan
+
+CARD = "README.md"
+
+
+def write_card(folder: Path, form: str) -> None:
+    """Writes the card of a folder that `numprune.saving.save_pruned` wrote.
+
+    Args:
+        folder: Of the pruned checkpoint.
+        form: The class that it loads into and why, as `save_pruned` returns it.
+    """
+    with replace_on_success(folder / CARD) as temporary:
+        temporary.write_text(make_card(folder, form), encoding="utf-8")
+
+
+def make_card(folder: Path, form: str) -> str:
+    """The text of the card."""
+    plan = PruningPlan.load(folder / PLAN_FILE)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    widths = layer_widths(load_shapes(folder))
+    rows = [
+        f"| {block} | {layer['num_attention_heads']} | {layer['num_key_value_heads']} | {layer['intermediate_size']} |"
+        for block, layer in enumerate(widths)
+    ]
+    source = plan.source
+    revision = f", revision `{source.revision}`" if source.revision else ""
+    choices = ", ".join(f"{name} {plan.recipe[name]}" for name in ("selection", "allocation", "recovery", "steps"))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [numprune, pruned, structured-pruning]
+---
+# {folder.resolve().name}
+
+`{source.model}`{revision}, made smaller by structural pruning without training: {plan.achieved_ratio:.2%} of
+{plan.dense_parameters:,} attention and MLP parameters are gone. Budget `{plan.budget}`; {choices}.
+`{PLAN_FILE}` says what stayed in every layer, and `calibration/` holds the tokens it was decided on.
+
+## Load
+
+{how_to_load(config, folder.resolve().name)}
+
+Saved as {form}
+
+## Widths
+
+| block | query heads | key/value heads | MLP channels |
+|---:|---:|---:|---:|
+{chr(10).join(rows)}
+
+## Origin
+
+SHA-256 of the dense model's configuration and weights: `{source.fingerprint}`; of the calibration tokens:
+`{source.calibration}`.
+"""
+
+
+def how_to_load(config: Mapping[str, Any], title: str) -> str:
+    """How a folder loads in transformers, vLLM and llama.cpp, in Markdown.
+
+    Args:
+        config: Content of its `config.json`.
+        title: The folder's name or its id on the Hub.
+    """
+    ragged = "auto_map" in config
+    trust = ", trust_remote_code=True" if ragged else ""
+    flag = " --trust-remote-code" if ragged else ""
+    about = (
+        "`trust_remote_code` lets transformers and vLLM run `ragged.py`, which lies in this folder and builds layers "
+        "of different widths; where numprune is installed it is not needed."
+        if ragged
+        else "It is an ordinary checkpoint of a class that transformers ships: no code comes with it."
+    )
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})
+```
+
+    vllm serve {title}{flag}
+    numprune export gguf {title} -o model.gguf     # for llama.cpp
+
+{about}"""
