@@ -2,7 +2,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from numprune.architectures import prunable_groups
 from numprune.ragged import AbsentAttention, AbsentMLP
+from numprune.slicing import slice_block
 from tests.numprune.conftest import CONFIGS
 
 
@@ -41,3 +43,17 @@ def test_absent_modules_have_no_parameters():
     for output in (attention(hidden)[0], mlp(hidden)):
         assert torch.equal(output, torch.zeros_like(hidden))
         assert output.dtype == hidden.dtype
+
+
+def test_layers_of_different_widths_compile_in_one_piece_with_a_static_cache(llama, input_ids):
+    """Traced without a break, one step of generation gives the logits of the whole sequence."""
+    for index, block in enumerate(llama.model.layers):
+        kept = {f"{index}.attention": torch.arange(index), f"{index}.mlp": torch.arange(8 * index + 8)}
+        slice_block(block, prunable_groups(llama)[index], kept)
+    with torch.no_grad():
+        expected = llama(input_ids).logits[:, -1]
+        cache = StaticCache(llama.config, max_cache_len=32)
+        llama(input_ids[:, :-1], past_key_values=cache, use_cache=True)
+        step = torch.compile(llama, fullgraph=True, backend="eager")
+        logits = step(input_ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
