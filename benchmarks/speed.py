@@ -5,11 +5,12 @@ python -m benchmarks.speed --help
 
 import json
 import platform
+import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from numprune.cutting import cut, twin
 from numprune.device import resolve_device
 from numprune.plan import Choice
 from numprune.pruning import capture_to
+from numprune.ranks import add_up, is_first, joined, meet, ranks
 from numprune.recipe import RECIPES, Recipe
 from numprune.shards import INDEX
 from numprune.statistics import Measured
@@ -62,10 +64,14 @@ def speed(
     profile: Annotated[bool, typer.Option(help="Also write traces of torch.profiler, one a phase.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the model and the results.")] = Path("report/speed"),
 ) -> None:
-    """Times capture, score, plan and compensate of both presets, and FLAP's, on the same streaming."""
+    """Times capture, score, plan and compensate of both presets, and FLAP's, on the same streaming.
+
+    Started by `torchrun`, it measures with so many processes.
+    """
     place = resolve_device(device)
     ceilings = Ceilings.measured(place)
-    print(ceilings)
+    if is_first():
+        print(ceilings)
     base = Case(shape, layers or SHAPES[shape][2], 1.0, samples, length)
     cases = [base]
     if scaling:
@@ -74,13 +80,16 @@ def speed(
     rows: list[Row] = []
     output.mkdir(parents=True, exist_ok=True)
     for case in cases:
-        with tempfile.TemporaryDirectory(dir=output) as folder:
-            traces = output if profile else None
-            bench = Bench(case, Path(folder), place, batch_size=batch_size, planning=planning_samples, traces=traces)
+        with _shared_folder(output / "model") as folder:
+            traces = output if profile and is_first() else None
+            bench = Bench(case, folder, place, batch_size=batch_size, planning=planning_samples, traces=traces)
             for name, recipe in (("best", RECIPES["best"]), ("paper", RECIPES["paper"]), ("FLAP", FLAP)):
                 for row in bench.phases(name, replace(recipe, planning_samples=planning_samples), ratio, ceilings):
                     rows.append(row)
-                    print(_line(row), flush=True)
+                    if is_first():
+                        print(_line(row), flush=True)
+    if not is_first():
+        return
     hardware = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "cpu"
     result = {"hardware": hardware, "threads": torch.get_num_threads(), "ceilings": ceilings.__dict__, "rows": rows}
     (output / "speed.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -98,12 +107,14 @@ class Ceilings:
         double: The same in float64, in which equations are solved.
         memory: Bytes a second of a copy, read and written.
         reading: Bytes a second from a file that was just written.
+        sums: Bytes a second that are added up over all ranks; None if there is one.
     """
 
     model: float
     double: float
     memory: float
     reading: float
+    sums: float | None
 
     @classmethod
     def measured(cls, device: torch.device) -> "Ceilings":
@@ -119,12 +130,14 @@ class Ceilings:
             file = Path(folder) / "block"
             file.write_bytes(bytes(2**27))
             reading = 2**27 / _seconds(file.read_bytes, device)
-        return cls(of_type[_dtype(device)], of_type[torch.float64], memory, reading)
+        sums = block.nbytes / _seconds(partial(add_up, block), device) if ranks() > 1 else None
+        return cls(of_type[_dtype(device)], of_type[torch.float64], memory, reading, sums)
 
     def __str__(self) -> str:
         return (
             f"ceilings: {self.model / 1e9:.0f} GFLOP/s, {self.double / 1e9:.0f} GFLOP/s in float64, "
             f"copy {self.memory / 1e9:.1f} GB/s, file {self.reading / 1e9:.1f} GB/s"
+            + (f", sums over {ranks()} ranks {self.sums / 1e9:.2f} GB/s" if self.sums else "")
         )
 
 
@@ -161,7 +174,9 @@ class Bench:
         self, case: Case, folder: Path, device: torch.device, *, batch_size: int, planning: int, traces: Path | None
     ) -> None:
         self._case, self._folder, self._device, self._traces = case, folder, device, traces
-        write_random(case.config, folder / "model", _dtype(device))
+        if is_first():
+            write_random(case.config, folder / "model", _dtype(device))
+        meet()
         self._model = open_model(folder / "model", dtype=_dtype(device))
         generator = torch.Generator().manual_seed(0)
         shape = (case.samples, case.length)
@@ -193,7 +208,7 @@ class Bench:
         yield self._row(name, "plan", self._time(plan, f"{name}-plan"), 0.0)
         pruned = twin(self._model)
         target = self._folder / f"pruned-{name}"
-        target.mkdir()
+        target.mkdir(exist_ok=True)
 
         def compensate() -> None:
             for _ in cut(
@@ -233,6 +248,7 @@ class Bench:
         tokens = self._case.samples * self._case.length
         return {
             **case,
+            "ranks": ranks(),
             "tokens": tokens,
             "recipe": recipe,
             "phase": phase,
@@ -302,6 +318,20 @@ class Work:
         return max(operations / ceilings.model, self.block_bytes / ceilings.reading)
 
 
+@contextmanager
+def _shared_folder(folder: Path) -> Iterator[Path]:
+    """A folder that all ranks see while they need it."""
+    if is_first():
+        folder.mkdir()
+    meet()
+    try:
+        yield folder
+    finally:
+        meet()
+        if is_first():
+            shutil.rmtree(folder)
+
+
 def write_random(config: LlamaConfig, folder: Path, dtype: torch.dtype) -> None:
     """Writes a random model of a configuration, a file a block, with no more than one of them in memory."""
     folder.mkdir(parents=True)
@@ -363,7 +393,7 @@ _HEAD = (
 
 
 def _line(row: Row) -> str:
-    model = f"{row['shape']}, {row['layers']} layers, width {row['width']:g}"
+    model = f"{row['shape']}, {row['layers']} layers, width {row['width']:g}, {row['ranks']} rank(s)"
     floor = f"{row['floor']:.2f} | {row['seconds'] / row['floor']:.1f}" if row["floor"] else " | "
     peak = f"{row['peak'] / 2**30:.2f} GiB"
     return f"| {model} | {row['tokens']} | {row['recipe']} | {row['phase']} | {row['seconds']:.2f} | {floor} | {peak} |"
@@ -391,4 +421,5 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(speed)
+    with joined():
+        typer.run(speed)

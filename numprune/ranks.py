@@ -6,7 +6,7 @@ from them is computed everywhere alike. The first rank alone writes what the oth
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,19 @@ def joined() -> Iterator[None]:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
+        _part()
+    except SystemExit as end:  # How commands end well, too.
+        if not end.code:
+            _part()
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _part() -> None:
+    """Leaves together: gloo may lose what was sent last to a rank if the sender is gone before it is read."""
+    with suppress(RuntimeError):
+        dist.barrier()
 
 
 def ranks() -> int:
