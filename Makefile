@@ -11,7 +11,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo sweep repro test test-engines test-servers train ui-prefect ui-mlflow servers clean
+.PHONY: help setup demo demo-images sweep repro test test-engines test-servers train train-images ui-prefect ui-mlflow \
+	servers clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ demo: setup ## Compress the reference model as params.yaml says; prints a table,
 
 sweep: setup ## Measure the budgets 10 to 50 % beside each other; OPTIONS="--budgets 0.1,0.15 --models a,b" names others.
 	@$(BIN)/python -m flows.sweep $(OPTIONS)
+
+demo-images: setup ## The same for images: a small LlamaGen at 10, 15, 20 and 50 %, by three recipes.
+	@$(BIN)/python -m flows.demo_images
 
 repro: setup ## The same files with DVC alone: no Prefect, no MLflow.
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
@@ -58,6 +62,9 @@ test-engines: setup $(VLLM)/.ready ## Pruned models in transformers, llama.cpp a
 
 train: setup ## Train the reference model again (an hour or more on a CPU).
 	@$(BIN)/python -m flows.train_reference
+
+train-images: setup ## Train the reference image model again (ten minutes on a CPU).
+	@$(BIN)/python -m flows.train_reference_images
 
 test-servers: setup ## From a dropped checkpoint to a champion, with every server of a team (ten minutes).
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -m servers

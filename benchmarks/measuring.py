@@ -86,10 +86,13 @@ class Bench:
         """Perplexity of the dense model."""
         return self._perplexity(self.model)
 
-    def measure(self, recipe: Recipe, ratio: float) -> Row:
+    def measure(
+        self, recipe: Recipe, ratio: float, *, further: Callable[[PreTrainedModel], Row] = lambda _model: {}
+    ) -> Row:
         """Cuts the model by a recipe: share removed, perplexity, and seconds for the choice and for the cut.
 
-        A ratio that the recipe cannot reach on this model gives a row that says why, and no perplexity.
+        A ratio that the recipe cannot reach on this model gives a row that says why, and no perplexity. `further`
+        measures what else is asked for of the pruned model.
         """
         start = time.monotonic()
         try:
@@ -106,6 +109,7 @@ class Bench:
             "perplexity": self._perplexity(pruned),
             "seconds_to_choose": chosen - start,
             "seconds_to_cut": done - chosen,
+            **further(pruned),
         }
 
     def choose(self, recipe: Recipe, ratio: float) -> Choice:

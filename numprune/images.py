@@ -121,7 +121,7 @@ def sample_images(
                 top_k=sampling.top_k,
                 top_p=1.0,
                 guidance_scale=sampling.guidance_scale if sampling.guidance_scale != 1 else None,
-                max_length=model.config.max_position_embeddings,
+                max_new_tokens=model.config.grid_size**2,
                 pad_token_id=0,
                 **told,
             )

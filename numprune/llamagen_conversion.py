@@ -94,7 +94,7 @@ def save_llamagen(model: LlamaGenForCausalLM, output: Path) -> None:
     config: Any = model.config
     # An image has no end of its own: it is complete.
     model.generation_config = GenerationConfig(
-        do_sample=True, top_k=0, max_length=config.max_position_embeddings, pad_token_id=0
+        do_sample=True, top_k=0, max_new_tokens=config.grid_size**2, pad_token_id=0
     )
     with replace_on_success(output) as temporary:
         model.save_pretrained(temporary)

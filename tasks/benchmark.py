@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from numprune.checkpoint import load_model, weight_bytes
+from numprune.checkpoint import load_config, load_model, weight_bytes
 from numprune.device import resolve_device
 from numprune.files import replace_on_success
 from numprune.generation_benchmark import Timing, count_work, peak_memory, timed_generations
+from numprune.images import writes_images
 from numprune.progress import track
 from tasks.layout import benchmark_file, checkpoint_folder, model_folder
 from tasks.parameters import Benchmark, load_parameters
@@ -31,7 +32,7 @@ def benchmark(model: str, budget: str) -> None:
     The first batch and prompt length are the ones whose figures stand in tables; all are in the file.
     """
     parameters = load_parameters()
-    settings = parameters.benchmark
+    settings = _fitting(parameters.benchmark, load_config(model_folder(model)))
     device = str(resolve_device(parameters.compute.device))
     folders = {"dense": model_folder(model), "pruned": checkpoint_folder(model, budget)}
     models = {name: load_model(folder, device=device) for name, folder in folders.items()}
@@ -62,6 +63,14 @@ def benchmark(model: str, budget: str) -> None:
     }
     with replace_on_success(benchmark_file(model, budget)) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _fitting(settings: Benchmark, config: PreTrainedConfig) -> Benchmark:
+    """A model of images has one workload: a condition in, a whole image out."""
+    if not writes_images(config):
+        return settings
+    workload = {"prompt_lengths": [config.condition_tokens], "new_tokens": config.grid_size**2}
+    return settings.model_copy(update=workload)
 
 
 def _workload(models: Mapping[str, PreTrainedModel], settings: Benchmark, batch: int, length: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Step `evaluate`: perplexity and accuracy of the dense model, or of a pruned one beside it."""
+"""Step `evaluate`: perplexity, accuracy and images of the dense model, or of a pruned one beside it."""
 
 import json
 import time
@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune.calibration import evaluation_windows
-from numprune.checkpoint import load_or_open, load_tokenizer
+from numprune.checkpoint import load_config, load_or_open, load_tokenizer
 from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.files import replace_on_success
+from numprune.images import writes_images
 from numprune.perplexity import Perplexity, perplexity, window_losses
 from numprune.plan import PruningPlan
 from numprune.progress import track
@@ -28,6 +29,7 @@ from numprune.streaming import answering
 from numprune.texts import bos_token, describe
 from tasks.accuracy import SEEDS, Answers, answer, expand
 from tasks.comparison import compare
+from tasks.images.evaluation import measure_images, side_by_side
 from tasks.layout import (
     TEXTS_FOLDER,
     answers_file,
@@ -53,10 +55,12 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
     settings = parameters.evaluation
     dense_folder = model_folder(model)
     device = resolve_device(parameters.compute.device)
+    images = parameters.images if writes_images(load_config(dense_folder)) else None
+    data = images.data if images else settings.data
     windows, text_bytes = evaluation_windows(
-        settings.data, str(dense_folder), length=settings.length, max_tokens=settings.max_tokens
+        data, str(dense_folder), length=settings.length, max_tokens=settings.max_tokens
     )
-    texts = {name: _windows(name, dense_folder, settings) for name in settings.texts}
+    texts = {name: _windows(name, dense_folder, settings) for name in ([] if images else settings.texts)}
 
     def measure(subject: PreTrainedModel, title: str) -> Perplexity:
         return _measure(subject, windows, text_bytes, parameters, title)
@@ -70,6 +74,8 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         "parameters": loaded.num_parameters(),
         "texts": {name: _of_text(loaded, name, *texts[name], parameters) for name in texts},
     }
+    if images:
+        metrics["images"] = measure_images(loaded, dense_folder, images, "images")
     if budget is not None:
         dense = load_or_open(dense_folder, dtype=working_dtype(device), device=device)
         with TemporaryDirectory(dir=run_folder(model, budget)) as work:
@@ -79,22 +85,24 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
                 pass
             metrics["perplexity_without_compensation"] = measure(cut, "evaluate without compensation").perplexity
             compared = compare(dense, loaded, cut, windows, load_tokenizer(dense_folder), device=device)
+            if images:
+                compared["images"] = side_by_side(dense, loaded, dense_folder, images)
         _write(comparison_file(model, budget), compared)
         del dense, cut
     with answering(loaded, device):
-        answers = _answer(loaded, folder, parameters)
+        answers = {} if images else _answer(loaded, folder, parameters)
     metrics["tasks"] = {name: _summed_up(answers[name]) for name in answers}
     if budget is not None:
         dense_answers = _load_answers(answers_file(model, None))
         for name, given in answers.items():
             metrics["tasks"][name]["against_dense"] = given.difference(dense_answers[name])
     metrics["protocol"] = {
-        "data": settings.data,
+        "data": data,
         "tokens_sha256": fingerprint(windows),
         "windows": measured.windows,
         "length": measured.length,
         "stride": measured.length,
-        "bos_token": bos_token(settings.data),
+        "bos_token": bos_token(data),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device.type,
         "versions": {name: version(name) for name in _MEASURING},

@@ -390,7 +390,7 @@ class ReferenceImageTraining(Training):
     """Training of the reference image model."""
 
     held_out: Count = Field(default=500, description="Digits that are not trained on.")
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="Of embeddings and of what each module adds.")
+    dropout: float = Field(default=0.3, ge=0, lt=1, description="Of embeddings and of what each module adds.")
     condition_dropout: float = Field(default=0.1, ge=0, lt=1, description="Share of digits trained without class.")
 
 

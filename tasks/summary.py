@@ -29,6 +29,8 @@ class Row(TypedDict):
     """Perplexities on further texts."""
     tasks: dict[str, Any]
     """Accuracies, as in the evaluation file."""
+    images: dict[str, Any] | None
+    """Metrics of images, as in the evaluation file; None: the model writes text."""
     tokens_per_second: float
     speed_up: float
     """Tokens per second over those of the dense model in the same run."""
@@ -174,6 +176,7 @@ def _row(
         perplexity_without_compensation=evaluation.get("perplexity_without_compensation"),
         texts={name: text["perplexity"] for name, text in evaluation["texts"].items()},
         tasks=evaluation["tasks"],
+        images=evaluation.get("images"),
         tokens_per_second=cost["tokens_per_second"],
         speed_up=cost["tokens_per_second"] / benchmark["dense"]["tokens_per_second"],
         peak_memory_bytes=cost["peak_memory_bytes"],
@@ -195,7 +198,25 @@ def _markdown(rows: Sequence[Row]) -> str:
             (cells(row)[0], *map(_accuracy, row["tasks"].values())) for row in rows if tuple(row["tasks"]) == names
         ]
         tables.append(_table(("accuracy", *names), lines))
+    if drawn := [row for row in rows if row["images"]]:
+        tables.append(image_table(drawn))
     return "\n".join(tables)
+
+
+def image_table(rows: Sequence[Row]) -> str:
+    """Metrics of images, one line a model."""
+    from tasks.report.table import IMAGE_METRICS
+
+    return _table(
+        ("images", "removed", *(name for name, _ in IMAGE_METRICS.values())),
+        [(*cells(row)[:2], *_image_cells(row["images"] or {})) for row in rows],
+    )
+
+
+def _image_cells(metrics: Mapping[str, Any]) -> list[str]:
+    from tasks.report.table import IMAGE_METRICS
+
+    return ["" if metrics[key] is None else write(metrics[key]) for key, (_, write) in IMAGE_METRICS.items()]
 
 
 def _accuracy(task: Mapping[str, Any]) -> str:

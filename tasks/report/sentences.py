@@ -24,8 +24,9 @@ def _removed(results: Results) -> str:
 def _quality(results: Results) -> str:
     dense, pruned = results.dense["perplexity"], results.pruned["perplexity"]
     without = results.pruned["perplexity_without_compensation"]
+    subject = "images" if "images" in results.pruned else "text"
     said = (
-        f"Perplexity on held-out text goes from {dense:.2f} to {pruned:.2f} ({results.perplexity_ratio - 1:+.1%}; "
+        f"Perplexity on held-out {subject} goes from {dense:.2f} to {pruned:.2f} ({results.perplexity_ratio - 1:+.1%}; "
         f"lower is better). Cut in the same way without compensation it is {without:.2f}"
     )
     if without <= dense:

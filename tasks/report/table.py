@@ -8,6 +8,15 @@ from numprune.budget import BudgetKind, readable
 from tasks.report.limits import Check
 from tasks.report.results import Results
 
+# What they are called and how they are written, by their key in the evaluation file.
+IMAGE_METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "fid": ("FID", "{:.2f}".format),
+    "sfid": ("sFID", "{:.2f}".format),
+    "inception_score": ("Inception score", "{:.2f}".format),
+    "precision": ("Precision", "{:.3f}".format),
+    "recall": ("Recall", "{:.3f}".format),
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -56,6 +65,7 @@ def quality_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
         lines.append(
             _line(f"Perplexity {text}", before, figures["perplexity"], "{:.2f}".format, checks=checks, note=note)
         )
+    lines += _image_lines(dense.get("images"), pruned.get("images"), checks)
     for task, figures in pruned["tasks"].items():
         against = figures["against_dense"]
         low, high = 100 * against["low"], 100 * against["high"]
@@ -70,6 +80,19 @@ def quality_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
             )
         )
     return lines
+
+
+def _image_lines(
+    dense: Mapping[str, Any] | None, pruned: Mapping[str, Any] | None, checks: Sequence[Check]
+) -> Iterator[Line]:
+    """Metrics of images, where a model writes them; precision and recall need a reference that has images."""
+    if not dense or not pruned:
+        return
+    protocol = pruned["protocol"]
+    note = f"{protocol['samples']} images, features: {protocol['features']['kind']}"
+    for key, (name, write) in IMAGE_METRICS.items():
+        if dense[key] is not None and pruned[key] is not None:
+            yield _line(name, dense[key], pruned[key], write, checks=checks, note=note)
 
 
 def cost_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
