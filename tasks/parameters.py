@@ -380,17 +380,17 @@ class Reference(_Section):
 class ReferenceImageShape(_Section):
     """Shape of the reference image model, a LlamaGen."""
 
-    hidden: Count = 128
-    intermediate: Count = 352
-    layers: Count = 4
-    heads: Count = 4
+    hidden: Count = 96
+    intermediate: Count = 256
+    layers: Count = 3
+    heads: Count = 3
 
 
 class ReferenceImageTraining(Training):
     """Training of the reference image model."""
 
     held_out: Count = Field(default=500, description="Digits that are not trained on.")
-    dropout: float = Field(default=0.3, ge=0, lt=1, description="Of embeddings and of what each module adds.")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Of embeddings and of what each module adds.")
     condition_dropout: float = Field(default=0.1, ge=0, lt=1, description="Share of digits trained without class.")
 
 

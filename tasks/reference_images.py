@@ -144,9 +144,9 @@ class by class in proportion, seed {settings.seed} |
 |---|---:|---:|
 {lines}
 
-FID and the others are measured with features of a classifier of digits, right about \
-{data["classifier_accuracy"]:.1%} of the held-out ones, not with Inception: they compare with nothing outside of this
-repository. Guidance {metrics["protocol"]["guidance_scale"]}, temperature {metrics["protocol"]["temperature"]}.
+FID and the others are measured with features of a classifier of digits, not of Inception: they compare with nothing
+outside of this repository. The classifier is right about {data["classifier_accuracy"]:.1%} of the held-out digits.
+Guidance {metrics["protocol"]["guidance_scale"]}, temperature {metrics["protocol"]["temperature"]}.
 
 The digits are those of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
 Repository, CC BY 4.0.

@@ -27,7 +27,7 @@ def test_held_out_digits_surprise_it_hardly_more_than_those_it_was_trained_on() 
     )
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert f"held-out digits | {new:.3f} |" in card
-    assert known < new < 1.1 * known
+    assert known < new < 1.15 * known
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
