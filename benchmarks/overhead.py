@@ -16,12 +16,16 @@ import typer
 
 from flows.stages import stage_graph
 
-# Calls the function of every stage's step in one process, in the order of their names on standard input.
+# Runs every stage's step in one process, one after the other; commands come on standard input.
 _PLAIN = """
-import importlib, json, sys
+import json, runpy, sys
 for command in json.load(sys.stdin):
-    _, _, module, *arguments = command.split()
-    getattr(importlib.import_module(module), module.rpartition(".")[2])(*arguments)
+    _, _, module, *sys.argv[1:] = command.split()
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
 """
 # An unchanged run as a process that is already there sees it.
 _UNCHANGED = """
