@@ -29,7 +29,9 @@ def available_memory() -> int:
             bounds.append(limit - 1024 * _field(proc / "self/status", "VmData:"))
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
-        bounds.append(int(most) - int((group / "memory.current").read_text()))
+        # What is kept of files that were read is given back when it is asked for.
+        used = int((group / "memory.current").read_text()) - _field(group / "memory.stat", "inactive_file")
+        bounds.append(int(most) - used)
     return max(min(bounds), 0)
 
 
