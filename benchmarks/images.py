@@ -117,7 +117,7 @@ def _draw(rows: list[Row], path: Path) -> None:
         panel.set(xticks=[], yticks=[])
         for spine in panel.spines.values():
             spine.set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
