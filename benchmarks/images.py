@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.measuring import BatchSize, Bench, Device, Model, Output, Row, collect
 from benchmarks.quality import VARIANTS
+from numprune.checkpoint import fingerprint
 from numprune.errors import NumpruneError
 from numprune.progress import track
+from numprune.samples import fingerprint as tokens_fingerprint
 from numprune.samples import load_samples
 from tasks.images.drawing import encoded, grid
 from tasks.images.evaluation import draw
@@ -55,7 +57,9 @@ def compare(
     output.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, settings.data, 10**9, batch_size, device)
     judge = _Judge(model, settings)
-    protocol: Row = {"model": str(model), "images": settings.model_dump(mode="json")}
+    sequences = load_samples(calibration)
+    protocol: Row = {"model": fingerprint(model), "calibration": tokens_fingerprint(sequences)}
+    protocol |= {"images": settings.model_dump(mode="json")}
     cases: list[Row] = [protocol | {"recipe": "dense", "ratio": 0.0}]
     cases += [protocol | {"recipe": name, "ratio": float(ratio)} for ratio in ratios.split(",") for name in names]
 
@@ -64,7 +68,7 @@ def compare(
             return {"removed": 0.0, "perplexity": bench.dense_perplexity(), **judge(bench.model)}
         return bench.measure(VARIANTS[case["recipe"]], case["ratio"], further=judge)
 
-    with bench.calibrated(str(calibration), len(load_samples(calibration)), seed=0):
+    with bench.calibrated(str(calibration), len(sequences), seed=0):
         rows = list(track(collect(output / "rows.jsonl", cases, row), len(cases), "images"))
     table = _table(rows)
     stated = (
