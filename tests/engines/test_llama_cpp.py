@@ -22,7 +22,7 @@ from numprune.export.gguf_tokenizer import _LLAMA3, _QWEN2
 from numprune.export.llama_cpp import export_gguf
 from numprune.ragged import remove_attention, remove_mlp
 from numprune.slicing import add_bias
-from tests.engines.conftest import PROMPTS, SHAPES, SIZES, LlamaCpp, greedy, reference
+from tests.engines.conftest import CELLS, FAMILIES, PROMPTS, SHAPES, SIZES, LlamaCpp, greedy, reference
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -42,6 +42,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES),
 }
+EXPORTED = ("llama", "mistral", "qwen2", "qwen3")
 TEXT = (
     "The model's 3rd layer isn't 1024 wide:\n\n\tx = [1, 22, 333, 4444]  # Größe, naïve, 模型, 🙂\r\n"
     '    return self._weights["q_proj"]   \n\n\n  they\'ll don\u2019t <end> 12345678'
@@ -174,3 +175,17 @@ def test_what_cannot_be_exported_is_said(prune, tmp_path):
     with pytest.raises(NumpruneError, match=r"no tokenizer.json"):
         export_gguf(folder, output)
     assert not output.exists()
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize(("name", "shape"), CELLS)
+def test_every_family_is_the_same_or_refused(prune, record, tmp_path, name, shape):
+    folder, output = prune(FAMILIES[name], shape), tmp_path / "model.gguf"
+    if name not in EXPORTED or (name, shape) == ("qwen3", "ragged"):
+        with pytest.raises(NumpruneError, match=r"is not exported|Prune with --uniform"):
+            export_gguf(folder, output)
+        record(name, "llama.cpp", shape, "no")
+        return
+    export_gguf(folder, output, kind="f32")
+    assert_same(folder, output)
+    record(name, "llama.cpp", shape, "yes")

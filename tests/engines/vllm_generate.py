@@ -31,4 +31,4 @@ if __name__ == "__main__":
             answers.append(run(job))
         except Exception as error:  # What vLLM says of a model it cannot load is the result.
             answers.append({"error": f"{type(error).__name__}: {error}"[:500]})
-    Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")
+        Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")
