@@ -60,9 +60,10 @@ def prompts():
     return [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_llama_cpp_gives_the_same_tokens(folders, prompts, tmp_path, shape, kind):
+def test_llama_cpp_gives_the_same_tokens(folders, prompts, tmp_path, shape):
+    """In single precision; in half, llama.cpp rounds what enters a product too, and tokens that are close may change."""
+    kind = "f32"
     assert export_gguf(folders[shape], tmp_path / "model.gguf", kind=kind) == (
         "llama" if shape == "uniform" else "deci"
     )

@@ -41,9 +41,9 @@ def job(folder: Path, prompts: list[list[int]] = PROMPTS, **options: Any) -> dic
     return {"folder": str(folder), "prompts": prompts, "tokens": TOKENS, "length": 128, "options": options}
 
 
-# One of every way in which vLLM builds a family; with its own class, but where that cannot be.
-TRIED = ("llama", "mistral", "qwen2", "qwen3")
 NOT_ITS_OWN = ("qwen2", "uniform")
+# Its attention splits the fused projection by the head count of the configuration, which vLLM reads from the whole one.
+REFUSED = ("phi3", "ragged")
 
 
 def options(cell: tuple[str, str]) -> dict[str, str]:
@@ -53,15 +53,19 @@ def options(cell: tuple[str, str]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def families(prune, tmp_path_factory):
     """Folder and what vLLM gives, for every family and shape."""
-    folders = {cell: prune(FAMILIES[cell[0]], cell[1]) for cell in CELLS if cell[0] in TRIED}
+    folders = {cell: prune(FAMILIES[cell[0]], cell[1]) for cell in CELLS}
     jobs = [job(folder, **options(cell)) for cell, folder in folders.items()]
     answers = run(jobs, tmp_path_factory.mktemp("vllm"))
     return {cell: (folder, answer) for (cell, folder), answer in zip(folders.items(), answers, strict=True)}
 
 
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[0] in TRIED], ids="-".join)
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
 def test_same_tokens_for_a_batch_of_mixed_lengths(families, record, cell):
     folder, answer = families[cell]
+    if cell == REFUSED:
+        assert "AmbiguousGlobalPerLayerAttributeError" in answer["error"]
+        record(cell[0], "vLLM", cell[1], "no")
+        return
     model = reference(folder)
     assert answer == {"tokens": [greedy(model, prompt) for prompt in PROMPTS]}
     record(cell[0], "vLLM", cell[1], "with `--model-impl transformers`" if options(cell) else "yes")
