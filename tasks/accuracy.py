@@ -1,4 +1,4 @@
-"""Accuracy on tasks of lm-eval, question by question, so that two models can be compared on the same ones."""
+"""Tasks of lm-eval, question by question, so that two models can be compared on the same ones."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from numprune.errors import NumpruneError
 from numprune.progress import track
+from tasks.likelihood import Likelihood, Z, likelihood
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -42,9 +43,6 @@ SEEDS: Mapping[str, int] = {
     "torch_random_seed": 1234,
     "fewshot_random_seed": 1234,
 }
-
-# Of a normal distribution: 95 % lie within so many standard errors.
-_Z = 1.96
 
 # Between two lines of progress; lm-eval sorts the requests of a portion by length.
 _BATCHES_A_PORTION = 32
@@ -86,7 +84,7 @@ class Answers:
             raise ValueError(f"the dense model answered another task: {dense.task_sha256}, not {self.task_sha256}")
         differences = [mine - its for mine, its in zip(self.correct, dense.correct, strict=True)]
         mean, error = statistics.fmean(differences), _standard_error(differences)
-        return {"difference": mean, "stderr": error, "low": mean - _Z * error, "high": mean + _Z * error}
+        return {"difference": mean, "stderr": error, "low": mean - Z * error, "high": mean + Z * error}
 
 
 def expand(tasks: Sequence[str]) -> list[str]:
@@ -126,7 +124,7 @@ def answer(
     include: Path | None,
     limit: int | None,
     batch_size: int,
-) -> dict[str, Answers]:
+) -> dict[str, Answers | Likelihood]:
     """Runs tasks of lm-eval on a model in memory.
 
     Args:
@@ -136,6 +134,9 @@ def answer(
         include: A folder with task files of one's own; if it has all of them, lm-eval's are not even listed.
         limit: Questions of each task at most.
         batch_size: Sequences that are computed together.
+
+    Returns:
+        By the names of the tasks: what was answered right, or where whole documents are asked for, their likelihood.
 
     Raises:
         NumpruneError: If there is no such task, or its data cannot be had.
@@ -151,6 +152,9 @@ def answer(
 
         def loglikelihood(self, requests: list[Any], **_: Any) -> list[Any]:
             return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[Any]:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[Any]:
             size = _BATCHES_A_PORTION * batch_size
@@ -190,13 +194,13 @@ def answer(
         )
     except (FileNotFoundError, ConnectionError) as error:
         raise NumpruneError(f"evaluation.tasks: the data of {', '.join(tasks)} cannot be had: {error}") from error
-    found = {name: _answers(samples, results["configs"][name]) for name, samples in results["samples"].items()}
+    found = {name: _result(samples, results["configs"][name]) for name, samples in results["samples"].items()}
     return dict(sorted(_pooled(found, tasks, results.get("group_subtasks", {})).items()))
 
 
 def _pooled(
-    found: Mapping[str, Answers], tasks: Sequence[str], groups: Mapping[str, Sequence[str]]
-) -> dict[str, Answers]:
+    found: Mapping[str, Answers | Likelihood], tasks: Sequence[str], groups: Mapping[str, Sequence[str]]
+) -> dict[str, Answers | Likelihood]:
     """One entry for each group that was asked for, with the questions of all its tasks: lm-eval's mean by size."""
 
     def members(name: str) -> list[str]:
@@ -207,9 +211,12 @@ def _pooled(
         leaves = members(group)
         if group in found or not leaves:
             continue
-        parts = [found[leaf] for leaf in leaves]
-        if len(metrics := sorted({part.metric for part in parts})) > 1:
-            raise NumpruneError(f"evaluation.tasks: the tasks of {group} have no metric in common: {metrics}")
+        parts = [part for leaf in leaves if isinstance(part := found[leaf], Answers)]
+        metrics = sorted({part.metric for part in parts})
+        if len(metrics) != 1 or len(parts) < len(leaves):
+            raise NumpruneError(
+                f"evaluation.tasks: the tasks of {group} have no metric in common: name them one by one."
+            )
         digest = hashlib.sha256("".join(part.task_sha256 for part in parts).encode()).hexdigest()
         pooled[group] = Answers(metrics[0], tuple(c for part in parts for c in part.correct), digest)
         for leaf in leaves:
@@ -217,17 +224,23 @@ def _pooled(
     return pooled
 
 
-def _answers(samples: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Answers:
-    metric = next((name for name in ("acc_norm", "acc", "exact_match") if name in samples[0]), None)
-    if metric is None:
-        raise NumpruneError(f"evaluation.tasks: {config['task']} has no accuracy: leave it out.")
+def _result(samples: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Answers | Likelihood:
     # A task with several filters of the answer lists every question once for each; the first filter counts.
     wanted = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     # By document: the order of the requests depends on the batch size.
-    correct = [float(sample[metric]) for sample in sorted(wanted, key=lambda sample: sample["doc_id"])]
+    wanted.sort(key=lambda sample: sample["doc_id"])
     described = json.dumps(config, sort_keys=True, default=str)
-    prompts = "".join(sample["doc_hash"] for sample in sorted(wanted, key=lambda sample: sample["doc_id"]))
-    return Answers(metric, tuple(correct), hashlib.sha256((described + prompts).encode()).hexdigest())
+    prompts = "".join(sample["doc_hash"] for sample in wanted)
+    digest = hashlib.sha256((described + prompts).encode()).hexdigest()
+    if {"bits_per_byte", "word_perplexity"} <= wanted[0].keys():
+        return likelihood(wanted, digest)
+    metric = next((name for name in ("acc_norm", "acc", "exact_match") if name in wanted[0]), None)
+    if metric is None:
+        raise NumpruneError(
+            f"evaluation.tasks: {config['task']} has neither an accuracy nor bits_per_byte and word_perplexity: leave "
+            "it out."
+        )
+    return Answers(metric, tuple(float(sample[metric]) for sample in wanted), digest)
 
 
 def _standard_error(values: Sequence[float]) -> float:

@@ -41,6 +41,7 @@ from tasks.layout import (
     run_folder,
     timing_file,
 )
+from tasks.likelihood import Likelihood
 from tasks.parameters import Evaluation, Parameters, load_parameters
 from tasks.step import run_step
 
@@ -91,11 +92,15 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         del dense, cut
     with answering(loaded, device):
         answers = {} if images else _answer(loaded, folder, parameters)
-    metrics["tasks"] = {name: _summed_up(answers[name]) for name in answers}
+    metrics["tasks"] = {name: _summed_up(given) for name, given in answers.items() if isinstance(given, Answers)}
+    metrics["likelihoods"] = {
+        name: _likelihood(given) for name, given in answers.items() if isinstance(given, Likelihood)
+    }
     if budget is not None:
         dense_answers = _load_answers(answers_file(model, None))
         for name, given in answers.items():
-            metrics["tasks"][name]["against_dense"] = given.difference(dense_answers[name])
+            shown = (metrics["tasks"] | metrics["likelihoods"])[name]
+            shown["against_dense"] = given.difference(dense_answers[name])  # type: ignore[arg-type]  # The same task.
     metrics["protocol"] = {
         "data": data,
         "tokens_sha256": fingerprint(windows),
@@ -139,7 +144,7 @@ def _of_text(
     return asdict(measured) | protocol
 
 
-def _answer(model: PreTrainedModel, folder: Path, parameters: Parameters) -> dict[str, Answers]:
+def _answer(model: PreTrainedModel, folder: Path, parameters: Parameters) -> dict[str, Answers | Likelihood]:
     settings = parameters.evaluation
     if not settings.tasks:
         return {}
@@ -163,9 +168,22 @@ def _summed_up(answers: Answers) -> dict[str, Any]:
     }
 
 
-def _load_answers(path: Path) -> dict[str, Answers]:
+def _likelihood(given: Likelihood) -> dict[str, Any]:
+    return {
+        "bits_per_byte": given.bits_per_byte,
+        "word_perplexity": given.word_perplexity,
+        "documents": len(given.losses),
+        "task_sha256": given.task_sha256,
+    }
+
+
+def _load_answers(path: Path) -> dict[str, Answers | Likelihood]:
+    def read(fields: dict[str, Any]) -> Answers | Likelihood:
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return Answers(**values) if "correct" in values else Likelihood(**values)
+
     content = json.loads(path.read_text(encoding="utf-8"))
-    return {name: Answers(**fields | {"correct": tuple(fields["correct"])}) for name, fields in content.items()}
+    return {name: read(fields) for name, fields in content.items()}
 
 
 def _write(path: Path, content: Any) -> None:

@@ -1,10 +1,11 @@
 """Make questions from held-out text, for accuracies that need no download and that a small model can score on.
 
-Three kinds, each a JSON lines file that a task of `evaluation/` reads with lm-eval:
+Four kinds, each a JSON lines file that a task of `evaluation/` reads with lm-eval:
 
 - continuation: which of four sentences comes next; three come from elsewhere in the same text.
 - word_order: which of two sentences is the real one; in the other, two neighbouring words have changed places.
 - last_word: the last word of a passage, which has occurred in it before.
+- text: short documents as they are; what is asked for is the likelihood of all of it.
 """
 
 import json
@@ -17,12 +18,14 @@ from typing import Any
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 
-KINDS = ("continuation", "word_order", "last_word")
+KINDS = ("continuation", "word_order", "last_word", "text")
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 # Prose: words, commas and a full stop; no code, markup or lists.
 _PROSE = re.compile(r"^[A-Z][a-z]*(?:,? [A-Za-z][a-z'-]*)+\.$")
 _WORDS = range(7, 31)
+# Of a document whose likelihood is asked for.
+_TEXT_WORDS = range(20, 301)
 
 
 def write_questions(documents: Path, folder: Path, *, count: int, seed: int) -> None:
@@ -44,12 +47,13 @@ def write_questions(documents: Path, folder: Path, *, count: int, seed: int) -> 
         "continuation": _continuations(passages, draw),
         "word_order": _word_orders(passages, draw),
         "last_word": _last_words(passages),
+        "text": [{"text": text} for text in texts if len(text.split()) in _TEXT_WORDS],
     }
     with replace_on_success(folder) as temporary:
         temporary.mkdir()
         for kind, found in questions.items():
             if not found:
-                raise NumpruneError(f"{documents} has no prose to make a question of the kind {kind} from.")
+                raise NumpruneError(f"{documents} has no text to make a question of the kind {kind} from.")
             draw.shuffle(found)
             lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in found[:count])
             (temporary / f"{kind}.jsonl").write_text("".join(lines), encoding="utf-8")

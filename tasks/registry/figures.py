@@ -47,6 +47,8 @@ def metrics(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         found[f"dense_perplexity.{name}"] = text["perplexity"]
     for side, document in (("", evaluation), ("dense_", dense)):
         found |= {f"{side}{name}": value for name, value in document.get("images", {}).items()}
+        for task, result in document.get("likelihoods", {}).items():
+            found[f"{side}bits_per_byte.{task}"] = result["bits_per_byte"]
     for task, result in dense.get("tasks", {}).items():
         found |= {f"dense_accuracy.{task}": result["accuracy"]}
     return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}

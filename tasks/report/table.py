@@ -48,7 +48,7 @@ class Line:
 
 
 def quality_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
-    """Perplexity, bits per byte and the accuracy of every task."""
+    """Perplexity, bits per byte, and the likelihood or the accuracy of every task."""
     dense, pruned = results.dense, results.pruned
     without = pruned["perplexity_without_compensation"]
     lines = [
@@ -66,6 +66,13 @@ def quality_lines(results: Results, checks: Sequence[Check]) -> list[Line]:
             _line(f"Perplexity {text}", before, figures["perplexity"], "{:.2f}".format, checks=checks, note=note)
         )
     lines += _image_lines(dense.get("images"), pruned.get("images"), checks)
+    for task, figures in pruned["likelihoods"].items():
+        before, against = dense["likelihoods"][task]["bits_per_byte"], figures["against_dense"]
+        note = (
+            f"bits per byte; 95% interval of the difference {against['low']:+.4f} to {against['high']:+.4f}, on the "
+            f"same {figures['documents']} documents"
+        )
+        lines.append(_line(task, before, figures["bits_per_byte"], "{:.4f}".format, checks=checks, note=note))
     for task, figures in pruned["tasks"].items():
         against = figures["against_dense"]
         low, high = 100 * against["low"], 100 * against["high"]

@@ -118,6 +118,8 @@ def _write_run(budget: str, groups: list[PrunableGroup], rankings: dict[str, Ran
     evaluation: dict[str, Any] = {"perplexity": 20 + ratio, "perplexity_without_compensation": 30 + ratio}
     evaluation |= {"bits_per_byte": 1.1 + ratio, "protocol": {"tokens_sha256": "e" * 64, "windows": 4}}
     evaluation["texts"] = {"wikitext2": {"perplexity": 30 + ratio, "windows": 4, "length": 64}}
+    against_read = {"against_dense": {"difference": 0.1, "stderr": 0.01, "low": 0.08, "high": 0.12}}
+    evaluation["likelihoods"] = {"c": {"bits_per_byte": 1.25, "documents": 70, "task_sha256": "d" * 64} | against_read}
     evaluation["tasks"] = {name: task | {"accuracy": task["accuracy"] - 0.01} | against for name, task in tasks.items()}
     write_json(evaluation_file(MODEL, budget), evaluation)
     write_json(benchmark_file(MODEL, budget), _benchmark(ratio))
@@ -138,6 +140,7 @@ def write_results() -> list[str]:
     tasks = {"a": {"accuracy": 0.5, "stderr": 0.02} | shown, "b": {"accuracy": 0.9, "stderr": 0.01} | shown}
     texts = {"wikitext2": {"perplexity": 30.0, "windows": 4, "length": 64}}
     dense = {"perplexity": 20.0, "bits_per_byte": 1.1, "texts": texts, "tasks": tasks}
+    dense["likelihoods"] = {"c": {"bits_per_byte": 1.15, "documents": 70, "task_sha256": "d" * 64}}
     write_json(evaluation_file(MODEL, None), dense)
     groups = _groups()
     rankings = _rankings(groups)

@@ -16,6 +16,7 @@ from numprune.errors import NumpruneError
 from numprune.generation_benchmark import generate
 from tasks.accuracy import Answers, answer, expand, unknown_tasks
 from tasks.corpus import write_corpus
+from tasks.likelihood import Likelihood
 from tasks.questions import write_questions
 
 ROOT = Path(__file__).parents[2]
@@ -34,11 +35,17 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(questions: Path) -> dict[str, Answers]:
+def results(questions: Path) -> dict[str, Answers | Likelihood]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(questions)
         model = load_model(MODEL)
-        return answer(model, MODEL, list(CHANCE), include=ROOT / "evaluation", limit=None, batch_size=7)
+        tasks = [*CHANCE, "documentation_text"]
+        return answer(model, MODEL, tasks, include=ROOT / "evaluation", limit=None, batch_size=7)
+
+
+@pytest.fixture(scope="module")
+def answers(results: dict[str, Answers | Likelihood]) -> dict[str, Answers]:
+    return {name: given for name, given in results.items() if isinstance(given, Answers)}
 
 
 def test_reference_model_is_better_than_chance(answers: dict[str, Answers]) -> None:
@@ -47,9 +54,9 @@ def test_reference_model_is_better_than_chance(answers: dict[str, Answers]) -> N
         assert answers[name].accuracy > CHANCE[name] + 3 * answers[name].stderr
 
 
-def test_accuracy_equals_that_of_lm_evals_own_command(answers: dict[str, Answers], questions: Path) -> None:
+def test_results_equal_those_of_lm_evals_own_command(results: dict[str, Answers | Likelihood], questions: Path) -> None:
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={MODEL}"]
-    command += ["--tasks", ",".join(CHANCE), "--include_path", str(ROOT / "evaluation"), "--batch_size", "16"]
+    command += ["--tasks", ",".join(results), "--include_path", str(ROOT / "evaluation"), "--batch_size", "16"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(
         [*command, "--device", "cpu", "--output_path", "out.json"],
@@ -62,9 +69,15 @@ def test_accuracy_equals_that_of_lm_evals_own_command(answers: dict[str, Answers
     assert done.returncode == 0, done.stderr
     (written,) = questions.glob("out*.json")
     theirs = json.loads(written.read_text(encoding="utf-8"))["results"]
-    for name, mine in answers.items():
-        assert mine.accuracy == pytest.approx(theirs[name]["acc,none"], abs=1e-12)
-        assert mine.stderr == pytest.approx(theirs[name]["acc_stderr,none"], abs=1e-12)
+    assert results.keys() == {*CHANCE, "documentation_text"}
+    for name, mine in results.items():
+        if isinstance(mine, Likelihood):
+            # Of batches of another size, in float32.
+            assert mine.bits_per_byte == pytest.approx(theirs[name]["bits_per_byte,none"], rel=1e-5)
+            assert mine.word_perplexity == pytest.approx(theirs[name]["word_perplexity,none"], rel=1e-4)
+        else:
+            assert mine.accuracy == pytest.approx(theirs[name]["acc,none"], abs=1e-12)
+            assert mine.stderr == pytest.approx(theirs[name]["acc_stderr,none"], abs=1e-12)
 
 
 def write_task(folder: Path, name: str, **settings: Any) -> None:
@@ -83,6 +96,7 @@ def test_a_group_is_one_entry_for_all_its_questions(
     assert unknown_tasks(["documentation", *both], folder) == []
     grouped = answer(load_model(MODEL), MODEL, ["documentation"], include=folder, limit=None, batch_size=7)
     assert grouped.keys() == {"documentation"}
+    assert isinstance(grouped["documentation"], Answers)
     assert grouped["documentation"].correct == answers[both[0]].correct + answers[both[1]].correct
 
 
@@ -114,7 +128,8 @@ def test_generated_answers_are_compared_with_what_was_asked_for(
         metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     )
     given = answer(model, MODEL, ["writing"], include=tmp_path, limit=None, batch_size=3)
-    assert (given["writing"].metric, given["writing"].correct) == ("exact_match", (0.0, 1.0, 0.0, 1.0))
+    assert isinstance(writing := given["writing"], Answers)
+    assert (writing.metric, writing.correct) == ("exact_match", (0.0, 1.0, 0.0, 1.0))
 
 
 def test_a_set_of_tasks_names_each_once() -> None:

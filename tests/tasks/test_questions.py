@@ -31,7 +31,7 @@ def read(folder: Path, kind: str) -> list[dict[str, Any]]:
 def test_answers_are_right_and_wrong_ones_are_not(documents: Path, tmp_path: Path) -> None:
     folder = tmp_path / "questions"
     write_questions(documents, folder, count=100, seed=0)
-    continuations, orders, words = (read(folder, kind) for kind in KINDS)
+    continuations, orders, words, texts = (read(folder, kind) for kind in KINDS)
     assert len(continuations) == 10
     for question in continuations:
         (animal,) = (word for word in question["context"].split() if word in ANIMALS)
@@ -46,6 +46,7 @@ def test_answers_are_right_and_wrong_ones_are_not(documents: Path, tmp_path: Pat
     assert {question["answer"] for question in words} == {"horse", "sheep", "duck", "goat", "goose"}
     for question in words:
         assert question["context"].endswith("looks for the")
+    assert sorted(text["text"] for text in texts) == sorted(map(tale, ANIMALS))
 
 
 def test_same_seed_same_questions(documents: Path, tmp_path: Path) -> None:
@@ -59,6 +60,6 @@ def test_same_seed_same_questions(documents: Path, tmp_path: Path) -> None:
 def test_text_without_prose(tmp_path: Path) -> None:
     documents = tmp_path / "text.jsonl"
     documents.write_text(json.dumps({"text": ">>> 1 + 1\n2"}) + "\n", encoding="utf-8")
-    with pytest.raises(NumpruneError, match="no prose to make a question of the kind continuation"):
+    with pytest.raises(NumpruneError, match="no text to make a question of the kind continuation"):
         write_questions(documents, tmp_path / "questions", count=5, seed=0)
     assert not (tmp_path / "questions").exists()
