@@ -62,7 +62,7 @@ def prompts():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_llama_cpp_gives_the_same_tokens(folders, prompts, tmp_path, shape):
-    """In single precision; in half, llama.cpp rounds what enters a product too, and tokens that are close may change."""
+    """In single precision; in half, llama.cpp rounds what enters a product too, and close tokens may change."""
     kind = "f32"
     assert export_gguf(folders[shape], tmp_path / "model.gguf", kind=kind) == (
         "llama" if shape == "uniform" else "deci"
