@@ -10,11 +10,14 @@ import torch
 
 from numprune.errors import NumpruneError
 from tasks.accuracy import unknown_tasks
-from tasks.layout import model_folder
+from tasks.layout import CORPUS, DIGITS, model_folder
 from tasks.parameters import Parameters
 
-# Written by the corpus stage.
-CORPUS_FILES = {Path("data/corpus/calibration.jsonl"), Path("data/corpus/evaluation.jsonl")}
+# Written by the stages corpus and digits.
+_MADE = {
+    *(CORPUS / name for name in ("calibration.jsonl", "evaluation.jsonl")),
+    *(DIGITS / name for name in ("held_out.safetensors", "reference.npz")),
+}
 
 
 def check_inputs(parameters: Parameters) -> None:
@@ -50,12 +53,17 @@ def _data(parameters: Parameters) -> Iterator[str]:
         ("evaluation.data", parameters.evaluation.data),
     ):
         path = Path(name)
-        if path not in CORPUS_FILES and not path.is_file():
+        if path not in _MADE and not path.is_file():
             yield (
                 f"{key}: {name} is no file; the pipeline identifies data by its content, so a data set of the Hub has "
                 "to be saved as .jsonl first (the command line `numprune` takes its name); WikiText2, PTB and C4 are "
                 "evaluated on by evaluation.texts"
             )
+    images = parameters.images
+    files = {"data": images.data, "reference": images.reference, "features.weights": images.features.weights}
+    for key, name in files.items():
+        if Path(name) not in _MADE and not Path(name).is_file():
+            yield f"images.{key}: {name} is no file"
 
 
 def _tasks(parameters: Parameters) -> Iterator[str]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 CORPUS = Path("data/corpus")
+DIGITS = Path("data/digits")
+DIGITS_CLASSIFIER = Path("evaluation/digits/classifier.safetensors")
 TEXTS_FOLDER = Path("data/texts")
 REPORT = Path("report")
 PLOTS = REPORT / "plots"

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from numprune.files import replace_on_success
-from tasks.layout import CORPUS, model_folder
+from tasks.layout import CORPUS, DIGITS, model_folder
 from tasks.parameters import PARAMETERS_FILE, Parameters, Registry
 
 LOCK_FILE = "dvc.lock"
@@ -55,9 +55,11 @@ def _linked(root: Path, parameters: Parameters) -> Iterator[Path]:
     for model in parameters.models:
         if model not in parameters.downloads:
             yield root / model_folder(model)
-    for name in (parameters.calibration.data, parameters.evaluation.data):
-        path = Path(name)
-        if not path.is_absolute() and path.parts[0] in _OWN and CORPUS not in path.parents:
+    images = parameters.images
+    named = (parameters.calibration.data, parameters.evaluation.data, images.data, images.reference)
+    for path in map(Path, (*named, images.features.weights)):
+        made = CORPUS in path.parents or DIGITS in path.parents
+        if not (path.is_absolute() or made) and path.parts[0] in _OWN:
             yield root / path
 
 

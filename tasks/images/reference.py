@@ -1,7 +1,6 @@
 """What images of digits are compared with: held-out digits as tokens, their statistics, and a classifier of digits."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,34 +14,48 @@ from tasks.images.metrics import measure, read_reference, write_reference
 from tasks.parameters import ReferenceImageTraining
 
 
-def write_evaluation(folder: Path, training: ReferenceImageTraining) -> dict[str, Any]:
-    """Writes `held_out.safetensors`, `classifier.safetensors` and `reference.npz`, split as for the training.
+def write_held_out(folder: Path, classifier: Path, training: ReferenceImageTraining) -> None:
+    """Writes the digits that are not trained on: `held_out.safetensors`, tokens, and `reference.npz`, ADM's form.
 
     Args:
-        folder: Where to.
+        folder: Where to; it appears only when complete.
+        classifier: Weights of the classifier whose features are compared.
         training: Says which digits are held out.
 
+    Raises:
+        NumpruneError: If there are no such weights.
+    """
+    extract = extractor("digits", classifier)
+    pixels, classes = load_digits()
+    _, held_out = split(classes, training.held_out, seed=training.seed)
+    with replace_on_success(folder) as temporary:
+        temporary.mkdir()
+        save_samples(sequences(pixels, classes)[held_out], temporary / "held_out.safetensors")
+        write_reference(temporary / "reference.npz", grey_images(pixels)[held_out], extract)
+
+
+def train_digits_classifier(weights: Path, training: ReferenceImageTraining) -> float:
+    """Trains the classifier on the digits that the model is trained on, and saves it.
+
     Returns:
-        The classifier's accuracy on held-out digits, and the metrics of the digits trained on, by their names: what a
-        model could at best be expected to reach.
+        Its accuracy on held-out digits.
     """
     pixels, classes = load_digits()
     chosen, held_out = split(classes, training.held_out, seed=training.seed)
     images = grey_images(pixels)
-    save_samples(sequences(pixels, classes)[held_out], folder / "held_out.safetensors")
     classifier = train_classifier(images[chosen], classes[chosen], seed=training.seed)
-    weights = folder / "classifier.safetensors"
     with replace_on_success(weights) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}, temporary)
-    extract = extractor("digits", weights)
-    with replace_on_success(folder / "reference.npz") as temporary:
-        write_reference(temporary, images[held_out], extract)
-    right = extract(images[held_out]).probabilities.argmax(1) == classes[held_out]
-    reference = read_reference(folder / "reference.npz", extract)
-    return {
-        "classifier_accuracy": right.double().mean().item(),
-        "digits_trained_on": measure(extract(images[chosen]), reference).as_dict(),
-    }
+    right = extractor("digits", weights)(images[held_out]).probabilities.argmax(1) == classes[held_out]
+    return right.double().mean().item()
+
+
+def measure_trained_on(reference: Path, classifier: Path, training: ReferenceImageTraining) -> dict[str, float]:
+    """Metrics of the digits trained on, by name: what a model could at best be expected to reach."""
+    pixels, classes = load_digits()
+    chosen, _ = split(classes, training.held_out, seed=training.seed)
+    extract = extractor("digits", classifier)
+    return measure(extract(grey_images(pixels)[chosen]), read_reference(reference, extract)).as_dict()
 
 
 def grey_images(pixels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.pipeline
 
 ALL_STAGES = {
     "corpus",
+    "digits",
     "texts",
     "calibrate",
     "capture",
@@ -49,7 +50,7 @@ def test_dvc_alone_reproduces_every_file(checkout: Checkout) -> None:
     assert not (checkout.root / "mlflow").exists()
     assert not (checkout.root / ".prefect").exists()
     first = locked_results(checkout.root)
-    assert len(first) == 14
+    assert len(first) == 16
 
     # Again from nothing, under Prefect: the same contents.
     for name in ("dvc.lock", "artifacts", "report", "data", ".dvc/cache"):
@@ -57,7 +58,7 @@ def test_dvc_alone_reproduces_every_file(checkout: Checkout) -> None:
     run = checkout.compress()
     assert run.code == 0, run.output
     assert run.ran == ALL_STAGES
-    assert "11 stages run, 0 unchanged; 1 of 1 versions newly published." in run.output
+    assert "12 stages run, 0 unchanged; 1 of 1 versions newly published." in run.output
     assert locked_results(checkout.root) == first
 
 
@@ -66,7 +67,7 @@ def test_second_run_does_nothing(checkout: Checkout) -> None:
     run = checkout.compress()
     assert run.code == 0, run.output
     assert run.ran == set()
-    assert "0 stages run, 11 unchanged; 0 of 1 versions newly published." in run.output
+    assert "0 stages run, 12 unchanged; 0 of 1 versions newly published." in run.output
     assert (checkout.root / "dvc.lock").read_bytes() == before
 
 
@@ -111,7 +112,7 @@ def test_sweep_has_parameters_and_results_of_its_own_and_computes_nothing_twice(
     done = checkout.run(*command)
     assert done.returncode == 0, done.stdout
     # One plan, checkpoint, evaluation, benchmark and the summary; all that is shared comes from the cache.
-    assert "5 stages run, 0 unchanged, 10 restored from DVC's cache; the sweep is recorded" in done.stdout
+    assert "5 stages run, 0 unchanged, 11 restored from DVC's cache; the sweep is recorded" in done.stdout
     assert f"{MODEL} 0.4" in done.stdout
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not (root / f"artifacts/{MODEL}/0.4").exists()
@@ -121,7 +122,7 @@ def test_sweep_has_parameters_and_results_of_its_own_and_computes_nothing_twice(
 
     again = checkout.run(*command)
     assert again.returncode == 0, again.stdout
-    assert "0 stages run, 15 unchanged; the sweep is already recorded" in again.stdout
+    assert "0 stages run, 16 unchanged; the sweep is already recorded" in again.stdout
     with contextlib.closing(sqlite3.connect(root / "mlflow/mlflow.db")) as database:
         assert database.execute(versions).fetchone() == (1,)
         children = "SELECT count(*) FROM tags WHERE key = 'mlflow.parentRunId'"
@@ -138,7 +139,7 @@ def test_another_budget_redoes_nothing_before_the_plan(checkout: Checkout) -> No
     assert run.ran == FROM_PRUNE_ON
     assert run.ended[f"evaluate@{MODEL}-0.2"] == "Unchanged"
     assert run.ended[f"evaluate@{MODEL}-size-300kB"] == "Completed"
-    assert "5 stages run, 10 unchanged; 1 of 2 versions newly published." in run.output
+    assert "5 stages run, 11 unchanged; 1 of 2 versions newly published." in run.output
 
 
 def test_another_calibration_seed_redoes_what_depends_on_it(checkout: Checkout) -> None:
@@ -149,7 +150,7 @@ def test_another_calibration_seed_redoes_what_depends_on_it(checkout: Checkout) 
     checkout.edit_parameters(edit)
     run = checkout.compress()
     assert run.code == 0, run.output
-    assert run.ran == ALL_STAGES - {"corpus", "texts", "evaluate_dense"}
+    assert run.ran == ALL_STAGES - {"corpus", "digits", "texts", "evaluate_dense"}
     assert "1 of 1 versions newly published." in run.output
 
 

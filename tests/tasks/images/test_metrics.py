@@ -19,10 +19,19 @@ from tasks.images.metrics import (
     read_reference,
     write_reference,
 )
+from tasks.images.reference import write_held_out
+from tasks.parameters import load_parameters
 
 ROOT = Path(__file__).parents[3]
 WEIGHTS = ROOT / "evaluation/digits/classifier.safetensors"
-REFERENCE = ROOT / "evaluation/digits/reference.npz"
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the digits that are not trained on."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    write_held_out(folder, WEIGHTS, load_parameters(ROOT / "params.yaml").reference_images.training)
+    return folder / "reference.npz"
 
 
 def random_features(images: int, seed: int) -> Features:
@@ -71,10 +80,10 @@ def test_coverage_counts_balls_around_points() -> None:
     assert coverage(manifold, points) == pytest.approx(within / 30)
 
 
-def test_metrics_get_worse_as_images_move_away() -> None:
+def test_metrics_get_worse_as_images_move_away(held_out: Path) -> None:
     extract_digits = extractor("digits", WEIGHTS)
-    reference = read_reference(REFERENCE, extract_digits)
-    with np.load(REFERENCE) as file:
+    reference = read_reference(held_out, extract_digits)
+    with np.load(held_out) as file:
         images = torch.from_numpy(file["arr_0"])
     same = measure(extract_digits(images), reference)
     # The stored statistics are those of the stored images.
@@ -122,8 +131,8 @@ def test_other_files_are_refused(tmp_path: Path, arrays, message: str) -> None:
         read_reference(tmp_path / "none.npz", extract)
 
 
-def test_features_and_reference_must_be_of_one_classifier(tmp_path: Path) -> None:
-    reference = read_reference(REFERENCE, extractor("digits", WEIGHTS))
+def test_features_and_reference_must_be_of_one_classifier(held_out: Path, tmp_path: Path) -> None:
+    reference = read_reference(held_out, extractor("digits", WEIGHTS))
     with pytest.raises(NumpruneError, match="64 pooled features, images"):
         measure(random_features(20, 0), reference)
     with pytest.raises(NumpruneError, match="takes images of 8 x 8 x 1"):

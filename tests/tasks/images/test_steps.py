@@ -15,9 +15,11 @@ from tasks.benchmark import benchmark
 from tasks.calibrate import calibrate
 from tasks.capture import capture
 from tasks.compensate import compensate
+from tasks.digits import digits
 from tasks.evaluate import evaluate
 from tasks.images.digits import GREY_LEVELS, load_digits, split
 from tasks.layout import (
+    DIGITS,
     benchmark_file,
     calibration_file,
     checkpoint_folder,
@@ -53,6 +55,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory):
         content["evaluation"]["max_tokens"] = 65 * 20
         content["benchmark"] |= {"batches": [1], "repeats": 1}
         Path("params.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        digits()
         for step in (calibrate, capture, score, evaluate):
             step(MODEL)
         for step in (prune, compensate, evaluate, benchmark):
@@ -118,6 +121,6 @@ def test_held_out_digits_are_not_trained_on() -> None:
     chosen, held_out = split(classes, training.held_out, seed=training.seed)
     assert set(chosen.tolist()) | set(held_out.tolist()) == set(range(len(pixels)))
     assert len(chosen) + len(held_out) == len(pixels)
-    stored = load_file(ROOT / "evaluation/digits/held_out.safetensors")["input_ids"]
+    stored = load_file(DIGITS / "held_out.safetensors")["input_ids"]
     assert torch.equal(stored[:, 1:].long(), pixels[held_out])
     assert torch.equal(stored[:, 0].long() - GREY_LEVELS, classes[held_out])
