@@ -50,7 +50,7 @@ def train_digits_classifier(weights: Path, training: ReferenceImageTraining) -> 
     return right.double().mean().item()
 
 
-def measure_trained_on(reference: Path, classifier: Path, training: ReferenceImageTraining) -> dict[str, float]:
+def measure_trained_on(reference: Path, classifier: Path, training: ReferenceImageTraining) -> dict[str, float | None]:
     """Metrics of the digits trained on, by name: what a model could at best be expected to reach."""
     pixels, classes = load_digits()
     chosen, _ = split(classes, training.held_out, seed=training.seed)
