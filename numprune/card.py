@@ -34,6 +34,8 @@ def make_card(folder: Path, form: str) -> str:
         for block, layer in enumerate(widths)
     ]
     source = plan.source
+    # Of the model, not of the folder: the same run gives the same bytes wherever it writes them.
+    title = f"{Path(source.model).name}-{plan.budget}"
     revision = f", revision `{source.revision}`" if source.revision else ""
     choices = ", ".join(f"{name} {plan.recipe[name]}" for name in ("selection", "allocation", "recovery", "steps"))
     return f"""---
@@ -41,7 +43,7 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [numprune, pruned, structured-pruning]
 ---
-# {folder.resolve().name}
+# {title}
 
 `{source.model}`{revision}, made smaller by structural pruning without training: {plan.achieved_ratio:.2%} of
 {plan.dense_parameters:,} attention and MLP parameters are gone. Budget `{plan.budget}`; {choices}.
@@ -49,7 +51,7 @@ tags: [numprune, pruned, structured-pruning]
 
 ## Load
 
-{how_to_load(config, folder.resolve().name)}
+{how_to_load(config, title)}
 
 Saved as {form}
 
@@ -92,4 +94,4 @@ tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})
     vllm serve {title}{flag}
     numprune export gguf {title} -o model.gguf     # for llama.cpp
 
-{about}"""
+`{title}` is this folder. {about}"""
