@@ -56,7 +56,7 @@ $(VLLM)/.ready: tests/engines/vllm.txt pyproject.toml
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-test-engines: setup $(VLLM)/.ready ## Pruned models in transformers, llama.cpp and vLLM; writes the table of docs/engines.md.
+test-engines: setup $(VLLM)/.ready ## Pruned models in transformers, llama.cpp and vLLM; writes the table of README.md.
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/engines --engine-results docs/engines.json
 	@$(BIN)/python -m tests.engines.table --write
 

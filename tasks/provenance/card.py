@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from numprune.card import how_to_load
 from tasks.layout import model_folder
 from tasks.provenance.bom import LIMITS
 from tasks.provenance.statement import CALIBRATION, CODE, SOURCE
@@ -38,6 +39,7 @@ def make_card(
     figures: Mapping[str, float],
     protocols: Mapping[str, Mapping[str, Any]],
     licence: str | None,
+    config: Mapping[str, Any],
 ) -> str:
     """The text of the model card.
 
@@ -46,6 +48,7 @@ def make_card(
         figures: What was measured, by name.
         protocols: How: `evaluation` and `benchmark`.
         licence: Of the source model, if known.
+        config: Content of the pruned model's `config.json`.
     """
     definition = provenance["buildDefinition"]
     model, budget = (definition["externalParameters"][key] for key in ("model", "budget"))
@@ -84,15 +87,7 @@ attention and MLP parameters are gone. Budget `{budget}`, recipe `{recipe}`.
 
 ## Load
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{title}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{title}")
-```
-
-`{title}` is this folder. `trust_remote_code` lets transformers run `ragged.py`, which builds layers of different
-widths; after `import numprune` it is not needed.
+{how_to_load(config, title)}
 
 ## Limits
 

@@ -75,12 +75,13 @@ def write_evidence(folder: Path, build: Build, signing: Signing) -> str:
         raise NumpruneError(f"{folder} holds something else than files: {listed}. A version is made of files only.")
     evaluation, benchmark = read_json(folder / EVALUATION), read_json(folder / BENCHMARK)
     licence = source_licence(build.model)
+    config = read_json(folder / "config.json")
     weights = {name: digest.sha256 for name, digest in digests.items() if is_weights(name)}
-    bom = _json(make_bom(provenance, read_json(folder / "config.json"), weights, measured, licence))
+    bom = _json(make_bom(provenance, config, weights, measured, licence))
     if mistakes := bom_mistakes(bom):
         raise NumpruneError(f"The bill of materials does not fit its schema: {'; '.join(mistakes)}")
     protocols = {"evaluation": evaluation.get("protocol", {}), "benchmark": benchmark.get("protocol", {})}
-    written = {BOM: bom, CARD: make_card(provenance, measured, protocols, licence)}
+    written = {BOM: bom, CARD: make_card(provenance, measured, protocols, licence, config)}
     for name, text in written.items():
         _write_new(text, folder / name)
         digests[name] = digest_file(folder / name)

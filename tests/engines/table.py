@@ -1,11 +1,11 @@
-"""The table of docs/engines.md, made of the results that `make test-engines` leaves in docs/engines.json."""
+"""The table of README.md, made of the results that `make test-engines` leaves in docs/engines.json."""
 
 import json
 import sys
 from pathlib import Path
 
-DOCS = Path(__file__).parents[2] / "docs"
-RESULTS, PAGE = DOCS / "engines.json", DOCS / "engines.md"
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE = ROOT / "docs/engines.json", ROOT / "README.md"
 START, END = "<!-- From docs/engines.json, by make test-engines. -->\n", "<!-- End of the table. -->\n"
 ENGINES = ("transformers", "llama.cpp", "vLLM")
 SHAPES = {"uniform": "equal widths", "ragged": "different widths"}
@@ -33,4 +33,4 @@ if __name__ == "__main__":
     if "--write" in sys.argv:
         PAGE.write_text(filled(text), encoding="utf-8")
     elif filled(text) != text:
-        sys.exit("docs/engines.md has another table than docs/engines.json: run `make test-engines`.")
+        sys.exit("README.md has another table than docs/engines.json: run `make test-engines`.")

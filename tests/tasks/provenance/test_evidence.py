@@ -105,7 +105,7 @@ def test_model_of_the_hub_is_named_by_repository_and_commit(workspace: Path, mon
     bom = make_bom(provenance, {}, {}, {}, None)
     assert bom["components"][0]["purl"] == f"pkg:huggingface/owner/tiny@{revision}"
     assert bom_mistakes(json.dumps(bom)) == []
-    card = make_card(provenance, {"achieved_ratio": 0.3}, {}, None)
+    card = make_card(provenance, {"achieved_ratio": 0.3}, {}, None, {})
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "owner/tiny"
     assert "license" not in card.split("---")[1]
 
@@ -117,6 +117,7 @@ def test_card_says_what_was_measured(version: Version) -> None:
     assert front["license"] == "apache-2.0"
     assert "| perplexity | 235.500 | 240.300 |" in text
     assert version.registered.tags["git_commit"] in text
+    assert f'from_pretrained("{MODEL}-0.3", trust_remote_code=True)' in text
 
 
 def test_nothing_that_is_there_is_written_into(unsigned: Path) -> None:
