@@ -23,6 +23,7 @@ from tasks.layout import (
     checkpoint_folder,
     evaluation_file,
     plan_file,
+    timing_file,
 )
 from tasks.parameters import load_parameters
 from tasks.provenance.statement import CODE, dependencies, parse_statement
@@ -99,6 +100,7 @@ def reproduce(folder: Path, *, tolerance: float = 0.0) -> list[Comparison]:
     external = statement["predicate"]["buildDefinition"]["externalParameters"]
     model, budget = external["model"], external["budget"]
     timed = benchmark_file(model, budget).as_posix()
+    durations = {timing_file(model, of).as_posix() for of in (budget, None)}
     wanted = [path for path in version_outputs(model, budget) if path != timed]
     stages = stages_behind(recorded, wanted)
     _check_paths(stages)
@@ -115,6 +117,7 @@ def reproduce(folder: Path, *, tolerance: float = 0.0) -> list[Comparison]:
             compare(root / path, stage, path, carried=carried.get(path), tolerance=tolerance)
             for stage in stages.values()
             for path in stage.outputs
+            if path not in durations
         ]
 
 
