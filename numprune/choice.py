@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from numprune.allocation import Allocated, allocate, allocate_literally
 from numprune.architectures import PrunableGroup, channel_indices, decoder_blocks, linear, prunable_groups
 from numprune.budget import Costs
-from numprune.capture import capture
 from numprune.compensation import compensate
 from numprune.cutting import cut, twin
 from numprune.plan import Choice
 from numprune.progress import Watch, silent
+from numprune.pruning import capture_to
 from numprune.ranking import Ranking, Selection, load_rankings, rank, save_rankings
 from numprune.ranks import is_first
 from numprune.recipe import Recipe
@@ -232,11 +232,16 @@ class _Search:
             if model is not self._model:
                 folder = work or Path(stack.enter_context(TemporaryDirectory()))
                 planning = replace(planning, statistics=folder)
-                captured = capture(
-                    model, planning.input_ids, batch_size=planning.batch_size, device=planning.device, work=work
+                captured = capture_to(
+                    folder,
+                    model,
+                    planning.input_ids,
+                    batch_size=planning.batch_size,
+                    device=planning.device,
+                    work=work,
                 )
-                for statistics in self._watch(captured, len(decoder_blocks(model)), f"{prefix}capture"):
-                    statistics.save(folder)
+                for _ in self._watch(captured, len(decoder_blocks(model)), f"{prefix}capture"):
+                    pass
             ranked = rank_model(model, self._recipe, planning, ratio=ratio, work=work)
             return dict(self._watch(ranked, len(_groups(model)), f"{prefix}rank"))
 

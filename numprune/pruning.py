@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from numprune.architectures import prunable_groups
+from numprune.architectures import decoder_blocks, prunable_groups
 from numprune.capture import capture
 from numprune.cutting import cut
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan
 from numprune.recovery import Recovery
-from numprune.statistics import Damping, Measured
+from numprune.statistics import BlockStatistics, Damping, Measured
 
 
 def capture_to(
@@ -33,6 +33,10 @@ def capture_to(
     With a work folder, files that are there are not made again.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    blocks = range(len(decoder_blocks(model)))
+    if work and all(BlockStatistics.is_saved(folder, block) for block in blocks):
+        yield from blocks
+        return
     for statistics in capture(model, input_ids, batch_size=batch_size, device=device, work=work):
         statistics.save(folder)
         yield statistics.block

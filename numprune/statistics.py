@@ -60,6 +60,11 @@ class BlockStatistics:
                 save_file(tensors, temporary, {"counts": counts})
         meet()
 
+    @staticmethod
+    def is_saved(folder: Path, block: int) -> bool:
+        """Whether a folder has the block's file."""
+        return _path(folder, block).exists()
+
     @classmethod
     def load(cls, folder: Path, block: int) -> "BlockStatistics":
         """Reads one block's file from a folder."""

@@ -1,9 +1,10 @@
 """Work that was killed goes on where it stopped, and what comes out is the same bit by bit."""
 
 import multiprocessing
+import os
 import signal
 import sys
-import time
+from fnmatch import fnmatch
 
 import pytest
 
@@ -16,9 +17,16 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["numprune.cli", "transformers.models.llama.modeling_llama"])
 
 
-def prune(arguments, log):
+def prune(arguments, log, kill_at):
+    """Prunes, and kills itself when it is about to give a file of that name to what it has written."""
     from numprune.cli import app
 
+    def watch(event, details):
+        if event == "os.rename" and fnmatch(str(details[1]), f"*/{kill_at}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at:
+        sys.addaudithook(watch)
     sys.stderr = log.open("w", encoding="utf-8", buffering=1)  # As long as the process.
     app(["prune", *map(str, arguments)], standalone_mode=False)
 
@@ -31,19 +39,19 @@ def work_folder(output):
     return next(output.parent.glob(f".{output.name}.*.work"), None)
 
 
-def run(arguments, output, kill_when=None):
-    """Prunes in a process of its own, which is killed as soon as its work folder holds such a file; what it printed."""
+def run(arguments, output, kill_at=None):
+    """Prunes in a process of its own."""
     log = output.with_suffix(".log")
-    process = CONTEXT.Process(target=prune, args=([*arguments, "--output", output], log))
+    process = CONTEXT.Process(target=prune, args=([*arguments, "--output", output], log, kill_at))
     process.start()
-    while kill_when and process.is_alive():
-        folder = work_folder(output)
-        if folder and next(folder.glob(kill_when), None):
-            process.kill()
-        time.sleep(0.001)
     process.join()
-    assert process.exitcode == (-signal.SIGKILL if kill_when else 0), log.read_text(encoding="utf-8")
-    return log.read_text(encoding="utf-8")
+    assert process.exitcode == (-signal.SIGKILL if kill_at else 0), log.read_text(encoding="utf-8")
+
+
+def made(output):
+    """Times of all blocks and rankings in the work folder of a result."""
+    folder = work_folder(output)
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
 def test_killed_at_every_stage(make_checkpoint, text_file, tmp_path):
@@ -53,11 +61,16 @@ def test_killed_at_every_stage(make_checkpoint, text_file, tmp_path):
     arguments = [make_checkpoint(config), *options]
     run(arguments, tmp_path / "whole")
     output = tmp_path / "killed"
-    stages = ["statistics/block-004*", "step-1/rankings-000*", "step-2/pruned-006*", "step-2/block-007*"]
-    for pattern in [*stages, "step-2/rankings-000*", "pruned-003*", "pruned-009*"]:
-        run(arguments, output, kill_when=pattern)
-    printed = run(arguments, output)
-    assert [stage for stage in ("capture", "rank", "recover") if stage in printed] == []  # Done before, all of it.
+    stages = {"block-004*": "nothing", "rankings-000*": "statistics", "step-2/pruned-006*": "step-1"}
+    stages |= {"step-2/block-007*": "step-1", "step-2/rankings-000*": "step-2/block", "pruned-003*": "step-2"}
+    finished = {}
+    for pattern, before in [*stages.items(), ("pruned-009*", "step-2")]:
+        run(arguments, output, kill_at=pattern)
+        # What stages before this one had finished was not made again.
+        assert finished.items() <= made(output).items()
+        finished = {path: time for path, time in made(output).items() if str(path).startswith(before)}
+        assert finished or pattern == "block-004*"
+    run(arguments, output)
     assert contents(output) == contents(tmp_path / "whole")
     assert work_folder(output) is None
 
