@@ -160,7 +160,8 @@ def answer(
             size = _BATCHES_A_PORTION * batch_size
             portions = [requests[start : start + size] for start in range(0, len(requests), size)]
             answers: list[Any] = []
-            for portion in track(portions, len(portions), "answer"):
+            # Whole documents come here in many small calls, which are no progress to speak of.
+            for portion in track(portions, len(portions), "answer") if len(portions) > 1 else portions:
                 answers += super()._loglikelihood_tokens(portion, **settings | {"disable_tqdm": True})
             return answers
 
