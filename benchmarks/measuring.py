@@ -14,6 +14,7 @@ import typer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from numprune.architectures import decoder_blocks
 from numprune.budget import parse_budget
 from numprune.calibration import draw_samples, evaluation_windows
 from numprune.checkpoint import load_model, load_shapes
@@ -81,6 +82,11 @@ class Bench:
             for _ in capture_to(Path(folder), self.model, input_ids, batch_size=self.batch_size, device=self.place):
                 pass
             yield
+
+    def grams(self) -> dict[str, Tensor]:
+        """X^T X of every prunable group's consumer, in float64, by the group's name."""
+        blocks = (self._measured.block(index) for index in range(len(decoder_blocks(self.model))))
+        return {name: moments.gram.double() for block in blocks for name, moments in block.moments.items()}
 
     def dense_perplexity(self) -> float:
         """Perplexity of the dense model."""

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from benchmarks.measuring import Bench, Device, Evaluation, MaxTokens, Model, Output, Row, collect
 from numprune.calibration import check_data
@@ -32,20 +33,25 @@ def precision(
     device: Device = "auto",
     output: Output = Path("report/precision"),
 ) -> None:
-    """Prunes by every preset at 20 % and 50 % in several precisions and batch sizes: choices and perplexities."""
+    """Prunes by every preset at 20 % and 50 % in several precisions and batch sizes: moments, choices, perplexities."""
     for text in (calibration, evaluation):
         check_data(text)
     output.mkdir(parents=True, exist_ok=True)
     protocol: Row = {"model": str(model), "calibration": calibration, "samples": samples, "seed": seed}
     protocol |= {"evaluation": evaluation, "max_tokens": max_tokens}
     rows: list[Row] = []
+    exact: dict[str, Tensor] = {}
+    errors = []
     for dtype, batch_size in track(ARITHMETIC, len(ARITHMETIC), "precision"):
         bench = Bench(model, evaluation, max_tokens, batch_size, device, getattr(torch, dtype))
         case = protocol | {"dtype": dtype, "batch_size": batch_size}
         cases = [case | {"recipe": recipe, "ratio": ratio} for recipe in RECIPES for ratio in RATIOS]
         with bench.calibrated(calibration, samples, seed):
+            grams = bench.grams()
+            exact = exact or grams
+            errors.append(max(float((grams[name] - gram).norm() / gram.norm()) for name, gram in exact.items()))
             rows += collect(output / "rows.jsonl", cases, partial(_measure, bench))
-    table = _table(rows)
+    table = _table(rows, errors)
     (output / "precision.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
@@ -56,19 +62,19 @@ def _measure(bench: Bench, row: Row) -> Row:
     return {"kept": kept} | bench.measure(recipe, ratio)
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Row], errors: list[float]) -> str:
     columns = [(recipe, ratio) for recipe in RECIPES for ratio in RATIOS]
     lines = [
-        f"| model in | batch | {' | '.join(f'{recipe}, {ratio:.0%}' for recipe, ratio in columns)} |",
-        "|---" * (2 + len(columns)) + "|",
+        f"| model in | batch | X^T X | {' | '.join(f'{recipe}, {ratio:.0%}' for recipe, ratio in columns)} |",
+        "|---" * (3 + len(columns)) + "|",
     ]
-    for dtype, batch_size in ARITHMETIC:
+    for (dtype, batch_size), error in zip(ARITHMETIC, errors, strict=True):
         cells = []
         for recipe, ratio in columns:
             of_column = [row for row in rows if (row["recipe"], row["ratio"]) == (recipe, ratio)]
             row = next(row for row in of_column if (row["dtype"], row["batch_size"]) == (dtype, batch_size))
             cells.append(f"{row['perplexity']:.3f} ({_differing(row['kept'], of_column[0]['kept'])})")
-        lines.append(f"| {dtype} | {batch_size} | {' | '.join(cells)} |")
+        lines.append(f"| {dtype} | {batch_size} | {error:.0e} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from numprune.architectures import decoder_blocks, decoder_output, logits
@@ -95,28 +94,25 @@ class LossProbe:
     @torch.no_grad()
     def rises(self) -> dict[Any, float]:
         """Ends all trials, which are through the last block: the rise of the loss in nats per token, by their names."""
-        totals = torch.zeros(len(self._trials), dtype=torch.float64)
-        for number, trial in enumerate(self._trials.values()):
-            divergences = [self._divergence(own, changed) for own, changed in zip(self._final, trial, strict=True)]
-            totals[number] = torch.stack(divergences).sum()
+        names, trials = list(self._trials), [trial.split(1) for trial in self._trials.values()]
+        self._trials = {}
+        totals = torch.zeros(len(trials), dtype=torch.float64, device=self._final.device)
+        # One sample at a time: with a large vocabulary the logits of a batch outweigh everything else.
+        for sample, own in enumerate(self._final.split(1)):
+            expected = self._log_probabilities(own)
+            probabilities = expected.exp()
+            for number, trial in enumerate(trials):
+                found = self._log_probabilities(trial[sample])
+                totals[number] += (probabilities * (expected - found)).sum()
         add_up(totals)
-        names, self._trials = list(self._trials), {}
         return dict(zip(names, (totals / self._tokens).tolist(), strict=True))
 
     def _carry(self, hidden: HiddenStates, index: int, block: nn.Module) -> None:
         for batch, states in enumerate(hidden):
             hidden[batch] = self._arguments.through(index, block, states)
 
-    def _divergence(self, own: Tensor, changed: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=own.device)
-        # One sample at a time: with a large vocabulary the logits of a batch outweigh everything else.
-        for expected, found in zip(own.split(1), changed.split(1), strict=True):
-            p, q = (self._scores(states).float().log_softmax(-1) for states in (expected, found))
-            total += kl_div(q, p, reduction="sum", log_target=True)
-        return total
-
-    def _scores(self, states: Tensor) -> Tensor:
-        return logits(self._model, decoder_output(self._model, states))
+    def _log_probabilities(self, states: Tensor) -> Tensor:
+        return logits(self._model, decoder_output(self._model, states)).float().log_softmax(-1)
 
 
 def rise_curve(losses: Tensor, measured: Mapping[int, float]) -> Tensor:

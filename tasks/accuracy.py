@@ -123,6 +123,7 @@ def answer(
     *,
     include: Path | None,
     limit: int | None,
+    shots: int | None,
     batch_size: int,
 ) -> dict[str, Answers | Likelihood]:
     """Runs tasks of lm-eval on a model in memory.
@@ -133,6 +134,8 @@ def answer(
         tasks: Their names; a group of tasks, such as mmlu, gives one entry for all its questions.
         include: A folder with task files of one's own; if it has all of them, lm-eval's are not even listed.
         limit: Questions of each task at most.
+        shots: Solved examples before every question; None: as many as each task's own configuration says. Tasks that
+            do not allow for examples have none.
         batch_size: Sequences that are computed together.
 
     Returns:
@@ -189,6 +192,7 @@ def answer(
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
+            num_fewshot=shots,
             bootstrap_iters=0,
             verbosity="ERROR",
             **SEEDS,

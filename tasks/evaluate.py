@@ -112,7 +112,7 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
         "device": device.type,
         "versions": {name: version(name) for name in _MEASURING},
         "seeds": dict(SEEDS),
-        "shots": "of each task's own configuration",
+        "shots": "of each task's own configuration" if settings.shots is None else settings.shots,
     }
     _write(answers_file(model, budget), {name: asdict(given) for name, given in answers.items()})
     _write(evaluation_file(model, budget), metrics)
@@ -154,6 +154,7 @@ def _answer(model: PreTrainedModel, folder: Path, parameters: Parameters) -> dic
         expand(settings.tasks),
         include=Path(settings.tasks_folder),
         limit=settings.questions,
+        shots=settings.shots,
         batch_size=parameters.compute.batch_size,
     )
 

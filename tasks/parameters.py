@@ -192,6 +192,11 @@ class Evaluation(_Section):
     )
     tasks_folder: str = Field(default="evaluation", description="Task files of one's own, in lm-eval's form.")
     questions: Count | None = Field(default=None, description="Of each task at most; null: all.")
+    shots: int | None = Field(
+        default=None,
+        ge=0,
+        description="Solved examples before every question of every task; null: as each task's own configuration says.",
+    )
 
 
 class ImageFeatures(_Section):

@@ -40,7 +40,7 @@ def results(questions: Path) -> dict[str, Answers | Likelihood]:
         patch.chdir(questions)
         model = load_model(MODEL)
         tasks = [*CHANCE, "documentation_text"]
-        return answer(model, MODEL, tasks, include=ROOT / "evaluation", limit=None, batch_size=7)
+        return answer(model, MODEL, tasks, include=ROOT / "evaluation", limit=None, shots=None, batch_size=7)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,26 @@ def write_task(folder: Path, name: str, **settings: Any) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
+def write_generation_task(folder: Path, name: str, rows: list[dict[str, str]], *, until: str) -> None:
+    """A task whose answers are written, up to eight tokens or to a text, and must equal the data's."""
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_task(
+        folder,
+        name,
+        task=name,
+        dataset_path="json",
+        dataset_kwargs={"data_files": {"test": "data.jsonl"}},
+        test_split="test",
+        fewshot_split="test",
+        output_type="generate_until",
+        doc_to_text="{{question}}",
+        doc_to_target="{{answer}}",
+        target_delimiter="",
+        generation_kwargs={"until": [until], "max_gen_toks": 8, "do_sample": False},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )
+
+
 def test_a_group_is_one_entry_for_all_its_questions(
     answers: dict[str, Answers], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +114,7 @@ def test_a_group_is_one_entry_for_all_its_questions(
     average = [{"metric": "acc", "weight_by_size": True}]
     write_task(folder, "documentation", group="documentation", task=both, aggregate_metric_list=average)
     assert unknown_tasks(["documentation", *both], folder) == []
-    grouped = answer(load_model(MODEL), MODEL, ["documentation"], include=folder, limit=None, batch_size=7)
+    grouped = answer(load_model(MODEL), MODEL, ["documentation"], include=folder, limit=None, shots=None, batch_size=7)
     assert grouped.keys() == {"documentation"}
     assert isinstance(grouped["documentation"], Answers)
     assert grouped["documentation"].correct == answers[both[0]].correct + answers[both[1]].correct
@@ -113,23 +133,25 @@ def test_generated_answers_are_compared_with_what_was_asked_for(
         written = tokenizer.decode(generate(model, prompt, 8)[0, prompt.shape[1] :])
         # What the model writes is the right answer to every other question.
         rows.append({"question": question, "answer": written if number % 2 else "another"})
-    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    write_task(
-        tmp_path,
-        "writing",
-        task="writing",
-        dataset_path="json",
-        dataset_kwargs={"data_files": {"test": "data.jsonl"}},
-        test_split="test",
-        output_type="generate_until",
-        doc_to_text="{{question}}",
-        doc_to_target="{{answer}}",
-        generation_kwargs={"until": ["<no such text>"], "max_gen_toks": 8, "do_sample": False},
-        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    )
-    given = answer(model, MODEL, ["writing"], include=tmp_path, limit=None, batch_size=3)
+    write_generation_task(tmp_path, "writing", rows, until="<no such text>")
+    given = answer(model, MODEL, ["writing"], include=tmp_path, limit=None, shots=None, batch_size=3)
     assert isinstance(writing := given["writing"], Answers)
     assert (writing.metric, writing.correct) == ("exact_match", (0.0, 1.0, 0.0, 1.0))
+
+
+def test_examples_stand_before_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"node {number} =", "answer": " 7"} for number in range(5)]
+    write_generation_task(tmp_path, "repetition", rows, until="\n")
+    model = load_model(MODEL)
+    with_shots = {
+        shots: answer(model, MODEL, ["repetition"], include=tmp_path, limit=None, shots=shots, batch_size=5)["repetition"]
+        for shots in (None, 3)
+    }
+    assert all(isinstance(given, Answers) for given in with_shots.values())
+    # It cannot know the number, but it repeats what stands there three times.
+    assert [given.accuracy for given in with_shots.values()] == [0.0, 1.0]
+    assert with_shots[None].task_sha256 != with_shots[3].task_sha256
 
 
 def test_a_set_of_tasks_names_each_once() -> None:
@@ -156,4 +178,4 @@ def test_other_questions_are_not_compared() -> None:
 def test_unknown_task(monkeypatch: pytest.MonkeyPatch, questions: Path) -> None:
     monkeypatch.chdir(questions)
     with pytest.raises(NumpruneError, match="has no task no_such_task"):
-        answer(load_model(MODEL), MODEL, ["no_such_task"], include=ROOT / "evaluation", limit=1, batch_size=1)
+        answer(load_model(MODEL), MODEL, ["no_such_task"], include=ROOT / "evaluation", limit=1, shots=None, batch_size=1)
