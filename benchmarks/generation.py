@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import typer
@@ -60,10 +60,18 @@ def generation(
         write_random(config, dense, getattr(torch, dtype))
         folders = {(0.0, "equal"): dense}
         shares = [float(ratio) for ratio in ratios.split(",")]
-        for ratio, widths in product(shares, ("equal", "different")):
+        for ratio, widths in product(shares, get_args(Widths)):
             folders[ratio, widths] = Path(work) / f"{ratio}-{widths}"
             _prune(dense, folders[ratio, widths], ratio, widths, channels)
-        rows = list(_measure(folders, place, prompt_length, new_tokens, repeats, compiled))
+        measured = _measure(
+            folders,
+            device=place,
+            prompt_length=prompt_length,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            compiled=compiled,
+        )
+        rows = list(measured)
     ceilings = Ceilings.measured(place)
     hardware = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "cpu"
     name = f"{shape}, {config.num_hidden_layers} layers, {dtype}" + (", compiled" if compiled else "")
@@ -95,6 +103,7 @@ def _prune(dense: Path, target: Path, ratio: float, widths: Widths, channels: in
 
 def _measure(
     folders: dict[tuple[float, str], Path],
+    *,
     device: torch.device,
     prompt_length: int,
     new_tokens: int,

@@ -35,7 +35,7 @@ from rich.table import Table  # noqa: E402
 from flows import subprocess_group  # noqa: E402
 from flows.checks import check_inputs  # noqa: E402
 from flows.progress import StageProgress  # noqa: E402
-from flows.stages import Ending, Outcome, Progress, is_unchanged, run_stage, stage_graph  # noqa: E402
+from flows.stages import Ending, Outcome, Progress, is_unchanged, run_stage, side_by_side, stage_graph  # noqa: E402
 from numprune.errors import USER_MISTAKE, NumpruneError  # noqa: E402
 from tasks.parameters import Parameters, load_parameters  # noqa: E402
 from tasks.publish import Publication, publish  # noqa: E402
@@ -209,7 +209,7 @@ def _checked_parameters() -> Parameters:
 def _runner(parameters: Parameters) -> Iterator[ThreadPoolTaskRunner[Any]]:
     """Threads for the tasks; whatever ends the flow early ends the stages that run."""
     subprocess_group.allow()
-    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=parameters.orchestration.workers)
+    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=parameters.workers)
     with runner:
         try:
             yield runner
@@ -224,13 +224,17 @@ def _submit_stages(
     options = parameters.orchestration
     stage_task = reproduce.with_options(retries=options.retries)
     futures: dict[str, PrefectFuture[Any]] = {}
-    for stage, needed in stage_graph(ROOT).items():
-        arguments = {
-            "stage": stage,
-            "timeout_hours": options.timeout_hours,
-            "accelerator_limit": accelerator_limit,
-        }
-        futures[stage] = runner.submit(stage_task, arguments, wait_for=[futures[name] for name in sorted(needed)])
+    graph = stage_graph(ROOT)
+    for group in side_by_side(graph):
+        for stage in group:
+            arguments = {
+                "stage": stage,
+                "timeout_hours": options.timeout_hours,
+                "accelerator_limit": accelerator_limit,
+            }
+            futures[stage] = runner.submit(stage_task, arguments, wait_for=[futures[n] for n in sorted(graph[stage])])
+        for stage in group:
+            futures[stage].wait()
     return futures
 
 

@@ -42,7 +42,6 @@ def _changes() -> dict[str, Any]:
         "corpus": given.corpus.model_dump() | corpus,
         "evaluation": given.evaluation.model_dump() | {"texts": []},
         "benchmark": given.benchmark.model_dump() | {"batches": [1], "repeats": 3},
-        "orchestration": given.orchestration.model_dump() | {"workers": 2},
     }
 
 

@@ -3,7 +3,7 @@
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from graphlib import TopologicalSorter
@@ -106,6 +106,22 @@ def stage_graph(root: Path) -> dict[str, set[str]]:
         needs = {name: {names[n] for n in graph.successors(stage) if n in names} for stage, name in names.items()}
     # Level by level rather than branch by branch: several workers then find work side by side.
     return {name: needs[name] for name in TopologicalSorter(needs).static_order()}
+
+
+def side_by_side(graph: Mapping[str, set[str]]) -> Iterator[list[str]]:
+    """Groups of stages that may run at the same time, one group after the other: a benchmark has the machine to itself.
+
+    Args:
+        graph: What every stage needs, in an order in which they can run.
+    """
+    timed = [stage for stage in graph if stage.startswith("benchmark@")]
+    behind = set(timed)
+    for stage, needed in graph.items():
+        if needed & behind:
+            behind.add(stage)
+    yield [stage for stage in graph if stage not in behind]
+    yield from ([stage] for stage in timed)
+    yield [stage for stage in graph if stage in behind.difference(timed)]
 
 
 def is_unchanged(root: Path, stage: str) -> bool:

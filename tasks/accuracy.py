@@ -157,7 +157,10 @@ def answer(
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[Any]:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+            # Sorted, the documents of a batch are of about one length, and little of it is padding.
+            order = sorted(range(len(requests)), key=lambda index: len(requests[index].args[0]))
+            found = super().loglikelihood_rolling([requests[index] for index in order], disable_tqdm=True)
+            return [value for _, value in sorted(zip(order, found, strict=True))]
 
         def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[Any]:
             size = _BATCHES_A_PORTION * batch_size

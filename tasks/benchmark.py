@@ -5,6 +5,7 @@ import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -41,7 +42,10 @@ def benchmark(model: str, budget: str) -> None:
         for batch, length in product(settings.batches, settings.prompt_lengths)
     ]
     first = workloads[0]
-    costs = {name: _cost(folder, settings, device) | first[name] for name, folder in folders.items()}
+    # Memory is measured in a process for each model, which takes longer to start than to measure.
+    with ThreadPoolExecutor(len(folders) if device == "cpu" else 1) as side_by_side:
+        counted = side_by_side.map(lambda folder: _cost(folder, settings, device), folders.values())
+        costs = {name: cost | first[name] for name, cost in zip(folders, counted, strict=True)}
     result = {
         **costs,
         "ratios": _ratios(costs["dense"], costs["pruned"]),

@@ -33,4 +33,4 @@ def compensate(model: str, budget: str) -> None:
 
 
 if __name__ == "__main__":
-    run_step(compensate, shared=True)
+    run_step(compensate, shared=True, beside_others=True)

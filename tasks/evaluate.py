@@ -193,4 +193,4 @@ def _write(path: Path, content: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_step(evaluate)
+    run_step(evaluate, beside_others=True)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from numprune.allocation import Allocation
 from numprune.budget import parse_budget
+from numprune.device import resolve_device
 from numprune.errors import NumpruneError
 from numprune.ranking import Selection
 from numprune.recipe import RECIPES, Recipe
@@ -337,7 +338,10 @@ class Watch(_Section):
 class Orchestration(_Section):
     """How the flow runs the stages."""
 
-    workers: Count = Field(default=1, description="Stages that run side by side.")
+    workers: Count | None = Field(
+        default=None,
+        description="Stages that run side by side; null: 2 on a CPU, whose cores they share, and 1 on a GPU.",
+    )
     retries: int = Field(default=1, ge=0, description="Further tries of a stage that failed for no fault of its input.")
     timeout_hours: float = Field(default=12, gt=0, description="Of one stage.")
 
@@ -436,6 +440,11 @@ class Parameters(_Section):
     orchestration: Orchestration = Orchestration()
     reference: Reference
     reference_images: ReferenceImages = ReferenceImages()
+
+    @property
+    def workers(self) -> int:
+        """Stages that run side by side."""
+        return self.orchestration.workers or (1 if resolve_device(self.compute.device).type == "cuda" else 2)
 
     @model_validator(mode="after")
     def _training_apart(self) -> "Parameters":

@@ -45,4 +45,4 @@ def prune(model: str, budget: str) -> None:
 
 
 if __name__ == "__main__":
-    run_step(prune)
+    run_step(prune, beside_others=True)

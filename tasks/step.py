@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 import typer
 
 from numprune.errors import reported
@@ -11,11 +12,13 @@ from numprune.ranks import is_under_torchrun, joined
 from tasks.parameters import load_parameters
 
 
-def run_step(step: Callable[..., Any], *, shared: bool = False) -> None:
+def run_step(step: Callable[..., Any], *, shared: bool = False, beside_others: bool = False) -> None:
     """Runs a step with the arguments of the command line.
 
     With `shared`, as many processes as `compute.processes` says share the step's calibration samples; `torchrun` starts
-    them, and may be used instead, for several machines.
+    them, and may be used instead, for several machines. With `beside_others`, for a step that runs once a budget, the
+    process takes its share of the cores, since the same step runs for other budgets at the same time. That does not
+    depend on whether it really does: the last bits of a result depend on the number of threads.
 
     A `NumpruneError` ends the process with exit code 2 and its message as the last thing on standard error, after
     `error: `; `flows/compress.py` reads both.
@@ -25,6 +28,8 @@ def run_step(step: Callable[..., Any], *, shared: bool = False) -> None:
     with reported():
         if shared and not is_under_torchrun() and (processes := load_parameters().compute.processes) > 1:
             _start(processes)
+        if beside_others:
+            torch.set_num_threads(max(1, torch.get_num_threads() // load_parameters().workers))
         with joined():
             app()
 

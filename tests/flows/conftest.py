@@ -95,8 +95,7 @@ def _tiny(content: dict[str, Any]) -> None:
     content["calibration"] |= {"samples": 8, "length": 64}
     content["evaluation"] |= {"length": 64, "max_tokens": 2048}
     content["benchmark"] |= {"batches": [1], "prompt_lengths": [8], "new_tokens": 8, "repeats": 1}
-    # Two workers also show that stages may run side by side.
-    content["orchestration"] |= {"workers": 2, "retries": 1}
+    content["orchestration"] |= {"retries": 1}
 
 
 def save_tiny_model(folder: Path, seed: int = 0) -> None:

@@ -8,7 +8,7 @@ import yaml
 
 from flows import stages, subprocess_group
 from flows.progress import artifact_key
-from flows.stages import Ending, Progress, run_stage, stage_graph
+from flows.stages import Ending, Progress, run_stage, side_by_side, stage_graph
 from tests.flows.conftest import ROOT
 
 # They change no result: messages, progress lines, renaming of finished files, where hidden states and work lie.
@@ -120,3 +120,14 @@ def test_stages_depend_on_the_code_they_import(name: str) -> None:
 def test_declared_files_exist() -> None:
     code = {dep for stage in declared_stages().values() for dep in stage.get("deps", []) if dep.endswith(".py")}
     assert [path for path in sorted(code) if not (ROOT / path).is_file()] == []
+
+
+def test_nothing_runs_beside_a_benchmark() -> None:
+    graph = stage_graph(ROOT)
+    first, *timed, last = side_by_side(graph)
+    assert sorted([*first, *(stage for (stage,) in timed), *last]) == sorted(graph)
+    assert {stage for (stage,) in timed} == {stage for stage in graph if stage.startswith("benchmark@")}
+    assert last == ["summary"]
+    # What a stage needs is in a group before its own, or before it in its own.
+    order = [stage for group in side_by_side(graph) for stage in group]
+    assert all(order.index(needed) < order.index(stage) for stage in graph for needed in graph[stage])

@@ -145,7 +145,9 @@ def test_examples_stand_before_the_question(tmp_path: Path, monkeypatch: pytest.
     write_generation_task(tmp_path, "repetition", rows, until="\n")
     model = load_model(MODEL)
     with_shots = {
-        shots: answer(model, MODEL, ["repetition"], include=tmp_path, limit=None, shots=shots, batch_size=5)["repetition"]
+        shots: answer(model, MODEL, ["repetition"], include=tmp_path, limit=None, shots=shots, batch_size=5)[
+            "repetition"
+        ]
         for shots in (None, 3)
     }
     assert all(isinstance(given, Answers) for given in with_shots.values())
@@ -178,4 +180,6 @@ def test_other_questions_are_not_compared() -> None:
 def test_unknown_task(monkeypatch: pytest.MonkeyPatch, questions: Path) -> None:
     monkeypatch.chdir(questions)
     with pytest.raises(NumpruneError, match="has no task no_such_task"):
-        answer(load_model(MODEL), MODEL, ["no_such_task"], include=ROOT / "evaluation", limit=1, shots=None, batch_size=1)
+        answer(
+            load_model(MODEL), MODEL, ["no_such_task"], include=ROOT / "evaluation", limit=1, shots=None, batch_size=1
+        )
