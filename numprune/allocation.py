@@ -32,7 +32,8 @@ class Shapes:
     Attributes:
         heads: The query heads that a layer keeps are a multiple of this, or all.
         channels: The MLP channels that a layer keeps are a multiple of this, or all.
-        uniform: All layers keep as many heads, and as many channels, as the others.
+        uniform: All layers keep as many heads, and as many channels, as the others, in numbers that make an ordinary
+            checkpoint, see `numprune.stock.within_stock`.
         depth: Whole attention or MLP modules may go.
     """
 

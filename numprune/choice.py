@@ -29,6 +29,7 @@ from numprune.recipe import Recipe
 from numprune.resume import writing
 from numprune.sensitivity import LossProbe, rise_curve
 from numprune.statistics import Measured
+from numprune.stock import within_stock
 from numprune.streaming import visit
 
 # Shares of a group's units after whose removal the rise of the loss is measured; between them it is interpolated.
@@ -180,6 +181,7 @@ class _Search:
         self._model, self._recipe, self._costs = model, recipe, costs
         self._planning = replace(measured, input_ids=measured.input_ids[: recipe.planning_samples])
         self._watch = watch
+        self._shapes = within_stock(recipe.shapes, model)
         self._dense = _groups(model)
         self._kept = {group.name: torch.arange(group.units) for group in self._dense}
         self._lowest_kept: dict[str, float | None] = {}
@@ -208,7 +210,7 @@ class _Search:
                 amount,
                 allocation=self._recipe.allocation,
                 costs=self._costs.unit,
-                shapes=self._recipe.shapes,
+                shapes=self._shapes,
             )
         self._remove(allocated, rankings)
 

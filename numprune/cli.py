@@ -288,8 +288,9 @@ def export_to_gguf(
         ) from error
     if output.exists():
         raise NumpruneError(f"{output} exists already: choose another --output or remove it.")
-    architecture = export_gguf(fetch(str(folder)), output, kind=kind)
-    typer.echo(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, architecture {architecture}")
+    exported = export_gguf(fetch(str(folder)), output, kind=kind)
+    filled = f"; {exported.filled}" if exported.filled else ""
+    typer.echo(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, architecture {exported.architecture}{filled}")
 
 
 def _needed_bytes(folder: Path) -> int:

@@ -15,6 +15,7 @@ from numprune.progress import Watch, silent
 from numprune.ranking import Ranking
 from numprune.recipe import Recipe
 from numprune.statistics import Measured
+from numprune.stock import within_stock
 
 
 def choose_within(
@@ -52,5 +53,6 @@ def choose_within(
     if budget.kind != "latency":
         return choose(*to_remove(stored, budget, minimum=0 if recipe.shapes.depth else 1))
     groups = all_groups(model)
-    least = {group.name: group.units - recipe.shapes.removable(group)[-1] for group in groups}
+    shapes = within_stock(recipe.shapes, model)
+    least = {group.name: group.units - shapes.removable(group)[-1] for group in groups}
     return meet_latency(stored, budget, choose, least=least)

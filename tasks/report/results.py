@@ -14,6 +14,7 @@ from numprune.checkpoint import load_shapes
 from numprune.plan import PruningPlan
 from numprune.ranking import Ranking, load_rankings
 from numprune.recipe import Recipe
+from numprune.stock import within_stock
 from tasks.layout import (
     benchmark_file,
     comparison_file,
@@ -125,7 +126,7 @@ def _prices(results: Results, workload: Workload) -> dict[str, Tensor]:
         results.rankings,
         allocation=recipe.allocation,
         costs=linear_costs(shapes, wanted).unit,
-        shapes=recipe.shapes,
+        shapes=within_stock(recipe.shapes, shapes),
     )
 
 

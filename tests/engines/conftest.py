@@ -55,20 +55,22 @@ SIZES: dict[str, Any] = {
 }
 # Families take the channels of a head from the hidden size where they know no head_dim.
 _WIDE = SIZES | {"hidden_size": 256}
+_FOUR = {"num_hidden_layers": 4}  # One layer in four differs, the last.
+_WINDOW = {"sliding_window": 16}  # The longest prompt outgrows it.
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_WIDE),
     "mistral": MistralConfig(**_WIDE, sliding_window=64),
     "qwen2": Qwen2Config(**_WIDE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_WIDE),
-    "smollm3": SmolLM3Config(**_WIDE, no_rope_layers=[1, 0, 1]),
-    "gemma2": Gemma2Config(**_WIDE, sliding_window=64, query_pre_attn_scalar=32),
-    "gemma3_text": Gemma3TextConfig(**_WIDE, sliding_window=64, query_pre_attn_scalar=32),
+    "smollm3": SmolLM3Config(**_WIDE | _FOUR),
+    "gemma2": Gemma2Config(**_WIDE | _WINDOW, query_pre_attn_scalar=24),
+    "gemma3_text": Gemma3TextConfig(**_WIDE | _WINDOW | {"num_hidden_layers": 6}, query_pre_attn_scalar=24),
     "phi3": Phi3Config(**_WIDE),
     "olmo2": Olmo2Config(**_WIDE),
-    "olmo3": Olmo3Config(**_WIDE, sliding_window=64),
+    "olmo3": Olmo3Config(**_WIDE | _WINDOW | _FOUR),
     "stablelm": StableLmConfig(**_WIDE, use_qkv_bias=True),
     "cohere": CohereConfig(**_WIDE, logit_scale=0.3),
-    "cohere2": Cohere2Config(**_WIDE, sliding_window=64),
+    "cohere2": Cohere2Config(**_WIDE | _WINDOW | _FOUR),
     "gpt_neox": GPTNeoXConfig(**_WIDE),
     "opt": OPTConfig(**_WIDE, ffn_dim=48, word_embed_proj_dim=256),
 }
@@ -79,15 +81,13 @@ TOKENS = 12
 
 
 def kept_units(group: Any, shape: str) -> torch.Tensor:
-    """Of heads a half or, in turn, three quarters, a quarter and a half; of channels 32 or 24, 40 and 17."""
-    if group.kind == "attention":
-        count = (
-            group.units // 2
-            if shape == "uniform"
-            else (3 * group.units // 4, group.units // 4, group.units // 2)[group.block]
-        )
+    """Of heads a half, or in turn three quarters, a quarter and a half; of channels 32, or 24, 40 and 17."""
+    if group.kind == "mlp":
+        count = (24, 40, 17)[group.block % 3] if shape == "ragged" else 32
+    elif shape == "channels":  # Are all that goes.
+        count = group.units
     else:
-        count = 32 if shape == "uniform" else (24, 40, 17)[group.block]
+        count = group.units * ((3, 1, 2)[group.block % 3] if shape == "ragged" else 2) // 4
     return torch.arange(group.units - count, group.units)
 
 
@@ -162,6 +162,14 @@ def greedy(
         suppress_tokens=never,
     )
     return output[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def shortfalls(model: PreTrainedModel, prompt: list[int], tokens: list[int], never: list[int]) -> torch.Tensor:
+    """(tokens,) by how much the logit of each, after those before it, is below that of what transformers chooses."""
+    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    logits[:, never] = -torch.inf
+    return logits.max(-1).values - logits[torch.arange(len(tokens)), torch.tensor(tokens)]
 
 
 def free_port() -> int:

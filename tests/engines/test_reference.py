@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from numprune.export.llama_cpp import export_gguf
-from tests.engines.conftest import SHAPES, LlamaCpp, free_port, greedy, reference
+from tests.engines.conftest import SHAPES, LlamaCpp, free_port, greedy, reference, shortfalls
 from tests.engines.test_vllm import BIN, ENVIRONMENT, job, run
 
 pytestmark = pytest.mark.engines
@@ -60,17 +60,27 @@ def prompts():
     return [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
 
 
+# llama.cpp rounds to half precision what enters a product with a matrix of such: logits differ by up to 0.01.
+TIE = {"f32": 0.0, "f16": 0.02}
+
+
+@pytest.mark.parametrize("kind", TIE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_llama_cpp_gives_the_same_tokens(folders, prompts, tmp_path, shape):
-    """In single precision; in half, llama.cpp rounds what enters a product too, and close tokens may change."""
-    kind = "f32"
-    assert export_gguf(folders[shape], tmp_path / "model.gguf", kind=kind) == (
-        "llama" if shape == "uniform" else "deci"
-    )
-    model, engine = reference(folders[shape]), LlamaCpp(tmp_path / "model.gguf")
+def test_llama_cpp_gives_the_same_tokens(folders, prompts, tmp_path, shape, kind):
+    """Those of transformers in single precision, with weights rounded to half precision where the file has them so."""
+    exported = export_gguf(folders[shape], tmp_path / "model.gguf", kind=kind)
+    assert exported == ("llama" if shape == "uniform" else "deci", "")
+    rounded = {"f32": torch.float32, "f16": torch.float16}[kind]
+    model = AutoModelForCausalLM.from_pretrained(folders[shape], dtype=rounded).float().eval()
+    engine = LlamaCpp(tmp_path / "model.gguf")
+    differing = 0
     for text, ids in zip(PROMPTS, prompts, strict=True):
         assert engine.tokenize(text) == ids
-        assert engine.greedy(ids, 32) == greedy(model, ids, 32, never=[0])
+        tokens = engine.greedy(ids, 32)
+        short = shortfalls(model, ids, tokens, never=[0])
+        assert short.max() <= TIE[kind]
+        differing += int((short > 0).sum())
+    assert differing <= 1
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Equal widths in all layers: an ordinary checkpoint, in the family's own class or in one that computes the same."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from numprune import choice
+from numprune.allocation import Shapes
 from numprune.architectures import all_groups, decoder_blocks, prunable_groups
 from numprune.checkpoint import load_model
+from numprune.parity import slice_units
+from numprune.pruning import capture_to
+from numprune.ragged import LAYOUTS
+from numprune.recipe import RECIPES
 from numprune.saving import save_pruned
 from numprune.slicing import add_bias, slice_block
-from tests.numprune.conftest import CONFIGS, SIZES
+from numprune.statistics import Measured
+from numprune.stock import as_stock, head_counts, within_stock
+from tests.numprune.conftest import CONFIGS, SIZES, choose, random_model
 from tests.numprune.test_families import CONFIGS as FAMILIES
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
@@ -86,6 +96,42 @@ def test_every_family_is_saved_in_its_own_class_where_that_can_be(save, name, sh
     loaded = assert_same(model, folder, input_ids % 64)
     ragged = share < 1 and name in _NO_OTHER_HEAD_COUNT
     assert type(loaded).__name__ == ("Ragged" if ragged else "") + type(model).__name__
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_head_counts_are_those_that_a_stock_class_takes(name):
+    """Against what becomes of the model with as many heads."""
+    model = random_model(FAMILIES[name])
+    group = all_groups(model)[0]
+    if name == "llamagen":
+        assert within_stock(Shapes(uniform=True), model) == Shapes(uniform=True)
+        return
+    taken = {
+        kept * group.width
+        for kept in range(1, group.units + 1)
+        if as_stock(cut_uniformly(copy.deepcopy(model), kept, 40)).model
+    }
+    assert head_counts(model) == taken
+    assert within_stock(Shapes(), model) == Shapes()
+
+
+@pytest.mark.parametrize(("name", "taken"), [("gemma2", "2, 4, 8"), ("gpt_neox", "8")])
+def test_uniform_plans_avoid_head_counts_that_the_family_refuses(save, monkeypatch, name, taken, tmp_path):
+    ids = torch.arange(12 * 24).view(12, 24) % 61
+    recipe = replace(RECIPES["paper"], allocation="uniform", shapes=Shapes(uniform=True))
+
+    def cut_by_plan(model):
+        list(capture_to(tmp_path / "statistics", model, ids, batch_size=6))
+        measured = Measured(tmp_path / "statistics", ids, batch_size=6)
+        slice_units(model, choose(model, measured, 0.25, recipe).kept)
+        return model
+
+    model, folder, reason = save(FAMILIES[name], cut_by_plan)
+    assert type(assert_same(model, folder, ids)) is LAYOUTS[name].stock
+    assert not list(folder.glob("*.py"))
+    assert f"of query heads its stock configuration takes {taken}, not other numbers" in reason
+    monkeypatch.setattr(choice, "within_stock", lambda shapes, _model: shapes)
+    assert as_stock(cut_by_plan(random_model(FAMILIES[name]))).model is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"rope_parameters": LLAMA3_ROPE}, {"tie_word_embeddings": True}])
