@@ -143,17 +143,21 @@ class Streams:
             refit: Whether the producers are refitted too.
         """
         seen = self._dense_pass(block, groups)
+        done: list[_Output] = []
+        last = None
         for position, group in enumerate(groups):
             if not len(kept[group.name]):
                 continue
+            if last:
+                done.append(self._output(pruned, last, group))
             if refit:
-                self._refit_producers(block, pruned, group, kept[group.name], seen.inputs[position])
+                self._refit_producers(block, pruned, group, kept[group.name], seen.inputs[position], done=done)
                 self._refit_joint_norms(pruned, group, kept[group.name], seen)
-            before = [g for g in groups[:position] if len(kept[g.name])]
-            self._refit_consumer(pruned, group, before, seen.aims[position], seen)
+            self._refit_consumer(pruned, group, seen.aims[position], seen, done=done)
+            last = group
         after = seen.after
         del seen
-        self._pruned = self._pruned.mapped(pruned(states, **self._of(states, self._index)) for states in self._pruned)
+        self._pruned = self._pruned.mapped(self._through(pruned, done))
         self._dense = after
         self._index += 1
 
@@ -187,14 +191,39 @@ class Streams:
                     kept.append(value)
         return found
 
+    def _output(self, pruned: nn.Module, group: PrunableGroup, following: PrunableGroup) -> "_Output":
+        """What the module of a refitted group gives; it comes before what the following one needs."""
+        watched = [group.consumer]
+        outputs = (
+            _run_until(pruned, following.producers[0].path, states, self._of(states, group.block), watched)[1][0]
+            for states in self._pruned
+        )
+        shaped = (output.view_as(states) for output, states in zip(outputs, self._pruned, strict=True))
+        return _Output(group, self._pruned.mapped(shaped))
+
+    def _through(self, pruned: nn.Module, done: Sequence["_Output"]) -> Iterator[Tensor]:
+        """The pruned stream after the block."""
+        for batch, states in enumerate(self._pruned):
+            with _giving(pruned, done, batch):
+                after = pruned(states, **self._of(states, self._index))
+            yield after
+
     def _refit_producers(
-        self, block: nn.Module, pruned: nn.Module, group: PrunableGroup, kept: Tensor, dense: HiddenStates
+        self,
+        block: nn.Module,
+        pruned: nn.Module,
+        group: PrunableGroup,
+        kept: Tensor,
+        dense: HiddenStates,
+        *,
+        done: Sequence["_Output"],
     ) -> None:
         """The producers of a group share their input Z, so the cross moments Z'^T Z U_kept need no output of theirs."""
         size = linear(block, group.producers[0].path).in_features
         regression = _Regression(size, size, kept.device)
-        for states, inputs in zip(self._pruned, dense, strict=True):
-            cut, _ = _run_until(pruned, group.producers[0].path, states, self._of(states, group.block))
+        for batch, (states, inputs) in enumerate(zip(self._pruned, dense, strict=True)):
+            with _giving(pruned, done, batch):
+                cut, _ = _run_until(pruned, group.producers[0].path, states, self._of(states, group.block))
             regression.add(cut, inputs)
         factor, gamma = regression.factor(self._ridge, f"block {group.block}, input of {group.producers[0].path}")
         for producer in group.producers:
@@ -219,17 +248,20 @@ class Streams:
         self,
         pruned: nn.Module,
         group: PrunableGroup,
-        before: Sequence[PrunableGroup],
         aims: HiddenStates,
         dense: "_Dense",
+        *,
+        done: Sequence["_Output"],
     ) -> None:
-        """Refits a group's consumer; those of the groups before it have joined the streams already."""
+        """Refits a group's consumer; what the groups before it give has joined the streams already."""
         layer = linear(pruned, group.consumer)
         regression = _Regression(layer.in_features, layer.out_features, layer.weight.device)
-        paths = [_last(g) for g in before]
+        norms = [output.group.post_norm for output in done if output.group.post_norm]
+        bare = [output.states for output in done if not output.group.post_norm]
         for batch, (states, aim) in enumerate(zip(self._pruned, aims, strict=True)):
-            inputs, outputs = _run_until(pruned, group.consumer, states, self._of(states, group.block), paths)
-            wanted = aim - states - sum(output.view_as(states) for output in outputs)
+            with _giving(pruned, done, batch):
+                inputs, joined = _run_until(pruned, group.consumer, states, self._of(states, group.block), norms)
+            wanted = aim - states - sum(joined) - sum(outputs[batch] for outputs in bare)
             bias = torch.zeros((), device=states.device) if layer.bias is None else layer.bias
             if group.post_norm:
                 seen = _Seen(*(states[batch] for states in dense.norms[group.post_norm]))
@@ -302,6 +334,28 @@ class _Dense:
     norms: dict[str, tuple[HiddenStates, HiddenStates]]
     aims: list[HiddenStates]
     after: HiddenStates
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What the module of a group gives that is done with."""
+
+    group: PrunableGroup
+    states: HiddenStates
+
+
+@contextmanager
+def _giving(block: nn.Module, done: Sequence[_Output], batch: int) -> Iterator[None]:
+    """Lets the modules of groups that are done with give what they gave before, instead of computing it once more."""
+    modules = [block.get_submodule(output.group.module) for output in done]
+    for module, output in zip(modules, done, strict=True):
+        # Attention, the only one that another group comes after, also returns its weights, which nothing asks for.
+        module.forward = lambda *_, given=(output.states[batch], None), **__: given
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
 
 
 @dataclass(frozen=True)
