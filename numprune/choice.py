@@ -5,7 +5,7 @@ one layer's units are worth depends on what is left of the others.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +46,8 @@ def rank_model(
     *,
     ratio: float | None = None,
     work: Path | None = None,
+    watch: Watch = silent,
+    title: str = "rank",
 ) -> Iterator[tuple[str, Ranking]]:
     """Ranks the units of every group; yields the group's name and its ranking.
 
@@ -55,6 +57,8 @@ def rank_model(
         measured: Of the model; its first `planning_samples` token sequences are what rises are measured on.
         ratio: Share that is to go; needed for the selection `box`, which alone depends on it.
         work: Folder that remembers rankings, so that those it holds already are not made again.
+        watch: Shows the progress over the blocks that are read, which are more than the model has.
+        title: Of the progress.
     """
     blocks = decoder_blocks(model)
     done = _Remembered(work)
@@ -68,10 +72,16 @@ def rank_model(
         if work:  # For hidden states.
             work.mkdir(parents=True, exist_ok=True)
         probe = LossProbe(model, tokens, batch_size=measured.batch_size, device=place, first=first, folder=work)
-    for start in range(first, len(blocks), _BLOCKS_TOGETHER):
-        rankings = _rank_together(model, start, recipe, measured, ratio=ratio, probe=probe)
+    starts = range(first, len(blocks), _BLOCKS_TOGETHER)
+    read = sum((len(blocks) if probe else min(start + _BLOCKS_TOGETHER, len(blocks))) - start for start in starts)
+    shown = watch(range(read), read, title)
+    for start in starts:
+        rankings = _rank_together(
+            model, start, recipe, measured, ratio=ratio, probe=probe, through=lambda: next(shown, None)
+        )
         done.remember(rankings)
         yield from rankings.items()
+    next(shown, None)
 
 
 def _rank_together(
@@ -82,8 +92,12 @@ def _rank_together(
     *,
     ratio: float | None,
     probe: LossProbe | None,
+    through: Callable[[], object],
 ) -> dict[str, Ranking]:
-    """Ranks the groups of a few blocks; the trials that branch off there share one pass through those behind."""
+    """Ranks the groups of a few blocks; the trials that branch off there share one pass through those behind.
+
+    `through` is called after each block.
+    """
     rankings: dict[str, Ranking] = {}
     groups, blocks = prunable_groups(model), decoder_blocks(model)
     end = min(start + _BLOCKS_TOGETHER, len(blocks))
@@ -92,6 +106,7 @@ def _rank_together(
         if probe:
             probe.follow(index, block)
         if index >= end:
+            through()
             continue
         of_block = measured.block(index)
         for group in groups[index]:
@@ -115,6 +130,7 @@ def _rank_together(
                     probe.branch((group.name, count), index, block, layer, weight)
         if probe:
             probe.advance(index, block)
+        through()
     return _with_rises(rankings, probe.rises()) if probe else rankings
 
 
@@ -244,8 +260,10 @@ class _Search:
                 )
                 for _ in self._watch(captured, len(decoder_blocks(model)), f"{prefix}capture"):
                     pass
-            ranked = rank_model(model, self._recipe, planning, ratio=ratio, work=work)
-            return dict(self._watch(ranked, len(_groups(model)), f"{prefix}rank"))
+            title = f"{prefix}rank"
+            return dict(
+                rank_model(model, self._recipe, planning, ratio=ratio, work=work, watch=self._watch, title=title)
+            )
 
     def _remove(self, allocated: Allocated, rankings: Mapping[str, Ranking]) -> None:
         self._threshold = max(self._threshold, allocated.threshold)

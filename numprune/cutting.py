@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune.architectures import PrunableGroup, decoder_blocks, linear, prunable_groups
-from numprune.capture import is_out_of_memory
 from numprune.files import replace_on_success
-from numprune.ranks import is_first, meet, ranks
+from numprune.ranks import is_first, meet
 from numprune.recovery import Recovery, Streams
 from numprune.resume import Saved, writing
 from numprune.slicing import Compensation, slice_block
@@ -75,20 +74,11 @@ def cut(
             streams.save(saved)
         stays = {group.name: kept[group.name].to(place) for group in groups[index]}
         moments = measured.block(index).moments if measured and compensation != "none" else None
-        pruned = None
-        while pruned is None:
+        while True:
             pruned = _copy(dense)
             slice_block(pruned, groups[index], stays, compensation=compensation, moments=moments, damping=damping)
-            if streams:
-                try:
-                    streams.recover(dense, pruned, groups[index], stays, refit=recovery == "refit")
-                except RuntimeError as error:
-                    # One of several ranks cannot begin anew: the others wait for its sums.
-                    if not is_out_of_memory(error) or ranks() > 1:
-                        raise
-                    pruned = None
-            if pruned is None and streams:
-                streams.halve()
+            if streams is None or streams.recover(dense, pruned, groups[index], stays, refit=recovery == "refit"):
+                break
         blocks[index] = pruned.to(home) if work is None else _written(pruned, _path(work, index))
         yield index
     if streams and recovery == "refit":

@@ -81,6 +81,15 @@ def add_up(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def largest(value: int) -> int:
+    """The largest of what every rank gives."""
+    if ranks() == 1:
+        return value
+    of_ranks = [0] * ranks()
+    dist.all_gather_object(of_ranks, value)
+    return max(of_ranks)
+
+
 def meet() -> None:
     """Waits until every rank is here: what the first one wrote before can be read after."""
     if ranks() > 1:

@@ -41,10 +41,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune.architectures import PrunableGroup, after_blocks, channel_indices, layout_of, linear
-from numprune.capture import enter
+from numprune.capture import enter, is_out_of_memory
 from numprune.cholesky import damped_cholesky
 from numprune.memory import HiddenStates
-from numprune.ranks import add_up, own_share
+from numprune.ranks import add_up, largest, own_share
 from numprune.resume import Saved
 from numprune.statistics import product
 
@@ -54,6 +54,35 @@ Recovery = Literal["none", "bias", "least_squares", "sequential", "refit"]
 RIDGE = 1e-2
 # Of the factors of a norm behind a consumer, relative to their mean square.
 NORM_DAMPING = 0.1
+
+
+_SUFFICED, _FAILED = 0, 1
+
+
+class _OtherRankError(Exception):
+    """The memory of another rank does not suffice."""
+
+
+def _add_up(*tensors: Tensor) -> None:
+    """Replaces tensors by their sums over all ranks.
+
+    Raises:
+        _OtherRankError: As `_ask_others`.
+    """
+    _ask_others()
+    add_up(*tensors)
+
+
+def _ask_others() -> None:
+    """Asks whether memory has sufficed on all ranks; where it has not, a rank says so instead of asking.
+
+    Ranks ask before each of their sums and at the end of a block, so that all of them leave it at the same place.
+
+    Raises:
+        _OtherRankError: If a rank says so.
+    """
+    if largest(_SUFFICED) != _SUFFICED:
+        raise _OtherRankError
 
 
 class _Regression:
@@ -70,7 +99,7 @@ class _Regression:
 
     def factor(self, ridge: float, subject: str) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of the damped Gram matrix of all ranks, and gamma; what is added later is lost."""
-        add_up(self.gram, self.cross)
+        _add_up(self.gram, self.cross)
         gamma = ridge * self.gram.diagonal().mean()
         return damped_cholesky(self.gram, ridge, subject=subject)[0], gamma
 
@@ -112,15 +141,6 @@ class Streams:
         """Saves both streams."""
         saved.save(self._index, [self._dense, self._pruned])
 
-    def halve(self) -> None:
-        """Goes on with batches of half the size.
-
-        Raises:
-            NumpruneError: If they were of one sample.
-        """
-        size = self._arguments.halve(len(self._dense[0]))
-        self._dense, self._pruned = self._dense.split(size), self._pruned.split(size)
-
     @torch.no_grad()
     def recover(
         self,
@@ -130,7 +150,7 @@ class Streams:
         kept: Mapping[str, Tensor],
         *,
         refit: bool,
-    ) -> None:
+    ) -> bool:
         """Refits a pruned block in place, then carries both streams through it.
 
         Where all of a group is gone there is nothing to refit; the next group makes up for that too.
@@ -141,7 +161,40 @@ class Streams:
             groups: The block's groups, in the order in which their outputs join the residual stream.
             kept: Indices of the units that stayed, by the group's name.
             refit: Whether the producers are refitted too.
+
+        Returns:
+            Whether memory sufficed on every rank. If not, the streams are where they were, in batches of half the
+            size, and the block is to be pruned anew.
+
+        Raises:
+            NumpruneError: If memory does not suffice for one sample.
         """
+        try:
+            self._pruned, self._dense = self._recover(block, pruned, groups, kept, refit=refit)
+        except _OtherRankError:
+            pass
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            largest(_FAILED)
+        else:
+            self._index += 1
+            return True
+        # Outside of the handlers, which hold on to what has no room.
+        size = self._arguments.halve(largest(len(self._dense[0])))
+        self._dense, self._pruned = self._dense.split(size), self._pruned.split(size)
+        return False
+
+    def _recover(
+        self,
+        block: nn.Module,
+        pruned: nn.Module,
+        groups: Sequence[PrunableGroup],
+        kept: Mapping[str, Tensor],
+        *,
+        refit: bool,
+    ) -> tuple[HiddenStates, HiddenStates]:
+        """Both streams after the block, the pruned model's first."""
         seen = self._dense_pass(block, groups)
         done: list[_Output] = []
         last = None
@@ -157,9 +210,9 @@ class Streams:
             last = group
         after = seen.after
         del seen
-        self._pruned = self._pruned.mapped(self._through(pruned, done))
-        self._dense = after
-        self._index += 1
+        through = self._pruned.mapped(self._through(pruned, done))
+        _ask_others()
+        return through, after
 
     @torch.no_grad()
     def refit_last_norm(self, model: PreTrainedModel) -> None:
@@ -313,7 +366,7 @@ def _refit_norm(norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: flo
         wanted, found = (states.flatten(0, -2).double() - bias for states in pair)
         products += (wanted * found).sum(dim=0)
         squares += found.square().sum(dim=0)
-    add_up(products, squares)
+    _add_up(products, squares)
     factor = torch.where(squares > 0, products / squares, 1.0)
     scaled = (norm.weight + offset) * factor - offset
     norm.weight = nn.Parameter(scaled.to(norm.weight.dtype))

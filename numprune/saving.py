@@ -78,7 +78,9 @@ def _write(
                 for file in source.glob(pattern):
                     shutil.copyfile(file, temporary / file.name)
     except (OSError, SafetensorError) as error:
-        raise NumpruneError(f"{output} cannot be written: {error}. Nothing is left behind.") from error
+        raise NumpruneError(
+            f"{output} cannot be written: {error}. Nothing half-written is left: free some space and run again."
+        ) from error
 
 
 def as_ragged(model: PreTrainedModel) -> PreTrainedModel:

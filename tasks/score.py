@@ -1,6 +1,5 @@
 """Step `score`: in which order the units of every layer go, and what that costs the model, for every budget alike."""
 
-from numprune.architectures import all_groups
 from numprune.checkpoint import open_model
 from numprune.choice import rank_model
 from numprune.device import resolve_device, working_dtype
@@ -27,8 +26,7 @@ def score(model: str) -> None:
         measured = measured_dense(model, parameters.compute)
         depends_on = {"source": source, "statistics": statistics, "samples": calibration_file(model)}
         with unfinished(scores_file(model), recipe=recipe, compute=parameters.compute, **depends_on) as work:
-            ranked = rank_model(dense, recipe, measured, work=work)
-            rankings = dict(track(ranked, len(all_groups(dense)), "score"))
+            rankings = dict(rank_model(dense, recipe, measured, work=work, watch=track, title="score"))
     if is_first():
         save_rankings(rankings, scores_file(model))
 

@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 from dataclasses import replace
 from typing import get_args
 
@@ -14,7 +15,6 @@ from numprune.compensation import compensate
 from numprune.cutting import cut
 from numprune.errors import NumpruneError
 from numprune.newton import numerical_score
-from numprune.progress import silent
 from numprune.pruning import capture_to
 from numprune.ranking import Selection
 from numprune.recipe import RECIPES, Recipe, recipe_name
@@ -260,23 +260,29 @@ def test_whole_modules_that_went_stay_away(llama, of_llama):
         assert (choice.highest_removed[name] is None) == bool(len(units))
 
 
-def test_progress_is_shown_for_every_step(llama, of_llama):
-    titles = []
+@pytest.mark.parametrize(("together", "read"), [(8, 3), (2, 4), (1, 6)])
+def test_progress_is_shown_for_every_step(llama, of_llama, monkeypatch, together, read):
+    """Blocks behind are read again for the trials of each few blocks that go through them together."""
+    monkeypatch.setattr("numprune.choice._BLOCKS_TOGETHER", together)
+    passed = Counter()
 
     def watch(steps, total, title):
-        titles.append((title, total))
-        return silent(steps, total, title)
+        assert not passed[title]
+        for step in steps:
+            passed[title] += 1
+            yield step
+        assert passed[title] == total
 
     choose(llama, of_llama, 0.3, replace(BEST, steps=2), watch=watch)
-    assert titles == [
-        ("step 1 of 2 rank", 6),
-        ("step 2 of 2 recover", 3),
-        ("step 2 of 2 capture", 3),
-        ("step 2 of 2 rank", 6),
-    ]
-    titles.clear()
-    choose(llama, of_llama, 0.3, BEST, watch=watch)
-    assert titles == [("rank", 6)]
+    assert passed == {
+        "step 1 of 2 rank": read,
+        "step 2 of 2 recover": 3,
+        "step 2 of 2 capture": 3,
+        "step 2 of 2 rank": read,
+    }
+    passed.clear()
+    choose(llama, of_llama, 0.3, replace(BEST, allocation="global"), watch=watch)
+    assert passed == {"rank": 3}
 
 
 # ---- Repeatable

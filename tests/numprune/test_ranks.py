@@ -13,6 +13,23 @@ from numprune.ranks import own_share
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 PRUNE = "from numprune.cli import main; main()"
+# The second process has memory for two sequences at a time, which it finds out in the middle of a block's refits.
+SHORT_OF_MEMORY = """
+import os
+
+from numprune import recovery
+
+run_until = recovery._run_until
+
+
+def short(block, path, states, *rest):
+    if os.environ["RANK"] == "1" and path == "mlp.down_proj" and len(states) > 2:
+        raise RuntimeError("can't allocate memory")
+    return run_until(block, path, states, *rest)
+
+
+recovery._run_until = short
+"""
 
 
 def prune(launcher, arguments, output):
@@ -23,14 +40,20 @@ def prune(launcher, arguments, output):
 
 
 def test_two_processes_come_to_what_one_does(make_checkpoint, text_file, tmp_path):
-    """The same units; weights to within 1e-3 of their size, as sums are added in another order."""
+    """The same units; weights to within 1e-3 of their size, as sums are added in another order.
+
+    Memory that does not suffice in one of them halves the batches of both.
+    """
     options = ["--ratio", "0.3", "--calibration", text_file, "--samples", "9", "--length", "32"]
     arguments = [make_checkpoint(), *options]
     script = tmp_path / "prune.py"
     script.write_text(PRUNE, encoding="utf-8")
     prune([sys.executable, script], arguments, tmp_path / "one")
+    script.write_text(SHORT_OF_MEMORY + PRUNE, encoding="utf-8")
     done = prune([*TORCHRUN, script], arguments, tmp_path / "two")
     assert done.stdout.count("parameters are gone") == 1
+    # They have five and four of the nine sequences.
+    assert done.stderr.count("out of memory with 5 sequences at a time: going on with 2") == 2
     plans = [json.loads((tmp_path / name / "pruning_plan.json").read_text(encoding="utf-8")) for name in ("one", "two")]
     for name, group in plans[0]["groups"].items():
         assert group["kept"] == plans[1]["groups"][name]["kept"]

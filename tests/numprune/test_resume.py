@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from fnmatch import fnmatch
 
@@ -73,6 +74,48 @@ def test_killed_at_every_stage(make_checkpoint, text_file, tmp_path):
     run(arguments, output)
     assert contents(output) == contents(tmp_path / "whole")
     assert work_folder(output) is None
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own; called with its size in bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resize(size):
+        options = f"size={size}" if not os.path.ismount(folder) else f"remount,size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"mounting a file system is not allowed here: {done.stderr.strip()}")
+        return folder
+
+    yield resize
+    if os.path.ismount(folder):
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("spare", [0, 96 * 1024])
+def test_a_disk_that_runs_full_loses_nothing(make_checkpoint, text_file, tmp_path, disk, spare):
+    """While blocks are written, and with more to spare while the result is."""
+    from numprune.cli import _needed_bytes, app
+
+    folder = make_checkpoint()
+    arguments = ["prune", folder, "--ratio", "0.3", "--calibration", text_file, "--samples", "8", "--length", "32"]
+
+    def prune_to(output):
+        app([*map(str, [*arguments, "--output", output])], standalone_mode=False)
+
+    output = disk(_needed_bytes(folder) + spare) / "out"
+    with pytest.raises(NumpruneError, match=r"cannot be written: .*free some space and run again"):
+        prune_to(output)
+    assert not output.exists()
+    finished = made(output)
+    assert finished
+    disk(2**24)
+    prune_to(output)
+    prune_to(tmp_path / "whole")
+    assert contents(output) == contents(tmp_path / "whole")
 
 
 def test_work_for_something_else_is_not_continued(tmp_path):
