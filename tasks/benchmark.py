@@ -4,7 +4,7 @@ import json
 import platform
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -42,10 +42,11 @@ def benchmark(model: str, budget: str) -> None:
         for batch, length in product(settings.batches, settings.prompt_lengths)
     ]
     first = workloads[0]
-    # Memory is measured in a process for each model, which takes longer to start than to measure.
-    with ThreadPoolExecutor(len(folders) if device == "cpu" else 1) as side_by_side:
-        counted = side_by_side.map(lambda folder: _cost(folder, settings, device), folders.values())
-        costs = {name: cost | first[name] for name, cost in zip(folders, counted, strict=True)}
+    memory = _peak_memory(list(folders.values()), settings, device)
+    costs = {
+        name: _cost(folder, settings) | {"peak_memory_bytes": peak} | first[name]
+        for (name, folder), peak in zip(folders.items(), memory, strict=True)
+    }
     result = {
         **costs,
         "ratios": _ratios(costs["dense"], costs["pruned"]),
@@ -104,7 +105,19 @@ def _summed_up(timings: list[Timing]) -> dict[str, Any]:
     }
 
 
-def _cost(folder: Path, settings: Benchmark, device: str) -> dict[str, Any]:
+def _peak_memory(folders: Sequence[Path], settings: Benchmark, device: str) -> list[int]:
+    """Measured in a process for each model, which takes longer to start than to measure."""
+
+    def measure(folder: Path) -> int:
+        length = settings.prompt_lengths[0]
+        return peak_memory(folder, prompt_length=length, new_tokens=settings.new_tokens, device=device)
+
+    # Threads do nothing but wait: transformers sets the data type of the whole process where it makes a model.
+    with ThreadPoolExecutor(len(folders) if device == "cpu" else 1) as side_by_side:
+        return list(side_by_side.map(measure, folders))
+
+
+def _cost(folder: Path, settings: Benchmark) -> dict[str, Any]:
     length, new_tokens = settings.prompt_lengths[0], settings.new_tokens
     # On average, half of the new tokens are in the context.
     work = count_work(folder, length + new_tokens // 2)
@@ -112,7 +125,6 @@ def _cost(folder: Path, settings: Benchmark, device: str) -> dict[str, Any]:
         **asdict(work),
         "cache_bytes": work.cache_bytes_per_token * (length + new_tokens) * settings.batches[0],
         "checkpoint_bytes": weight_bytes(folder),
-        "peak_memory_bytes": peak_memory(folder, prompt_length=length, new_tokens=new_tokens, device=device),
     }
 
 
