@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from numprune.architectures import check_supported, decoder_blocks
@@ -106,8 +108,8 @@ def load_model(
 def open_model(folder: Path, *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """Opens a causal language model whose decoder blocks are read one at a time, see `numprune.streaming`.
 
-    Embeddings, last norm and head are in memory. Weights are checked to be finite when they are read. Families whose
-    checkpoints name or type tensors otherwise than their modules do are loaded as a whole.
+    Embeddings, last norm and head are in memory. Weights are checked to be finite when they are read. Checkpoints whose
+    tensors are not those of the modules but have to be joined, split or kept in float32 are loaded as a whole.
 
     Args:
         folder: With `config.json` and safetensors weights.
@@ -127,19 +129,27 @@ def open_model(folder: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
     state = model.state_dict()
     in_blocks = {name for name in state if name.startswith(f"{prefix}.")}
     shapes = {key: shape for file in set(where.values()) for key, shape in _shapes(file).items()}
-    as_named = all(shapes.get(name) == list(state[name].shape) for name in in_blocks)
-    if not as_named or getattr(model, "_keep_in_fp32_modules", None):
+    keys = _keys(model, where)
+    as_stored = all(shapes.get(keys.get(name, "")) == list(state[name].shape) for name in in_blocks)
+    if not as_stored or getattr(model, "_keep_in_fp32_modules", None):
         return load_model(folder, dtype=dtype)
-    outside = {name: (where[name], name) for name in state.keys() & where.keys() - in_blocks}
+    outside = {name: (where[keys[name]], keys[name]) for name in (state.keys() & keys.keys()) - in_blocks}
     model.load_state_dict(StoredTensors(outside, precision).read(), strict=False, assign=True)
     model.tie_weights()
     if any(tensor.is_meta and name not in in_blocks for name, tensor in model.state_dict().items()):
         return load_model(folder, dtype=dtype)
     for index, block in enumerate(blocks):
-        names = block.state_dict()
-        store(block, {name: (where[f"{prefix}.{index}.{name}"], f"{prefix}.{index}.{name}") for name in names})
+        named = {name: keys[f"{prefix}.{index}.{name}"] for name in block.state_dict()}
+        store(block, {name: (where[key], key) for name, key in named.items()})
     opened: PreTrainedModel = model.eval()
     return opened
+
+
+def _keys(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The keys of a checkpoint by the names that the modules have for them: GPT-NeoX calls its head `embed_out`."""
+    renamings = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightRenaming)]
+    state = model.state_dict()
+    return {rename_source_key(key, renamings, [], model.base_model_prefix, state)[0]: key for key in stored}
 
 
 def load_or_open(folder: Path, *, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:

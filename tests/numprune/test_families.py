@@ -47,6 +47,7 @@ from numprune.ragged import LAYOUTS, Projections
 from numprune.recipe import RECIPES
 from numprune.saving import save_pruned
 from numprune.statistics import Measured
+from numprune.streaming import is_streamed
 from tests.numprune.conftest import SIZES, choose, random_model
 
 _SMALL: dict[str, Any] = SIZES | {"vocab_size": 64, "num_hidden_layers": 2, "pad_token_id": None}
@@ -255,6 +256,7 @@ def test_names_in_checkpoints_are_the_familys(name, tmp_path):
     """Read block by block, and written where equal widths make an ordinary one; GPT-NeoX's modules have other names."""
     random_model(CONFIGS[name]).save_pretrained(tmp_path / "dense")
     model, opened = load_model(tmp_path / "dense"), open_model(tmp_path / "dense")
+    assert is_streamed(decoder_blocks(opened))
     losses = [torch.cat(list(window_losses(m, INPUT_IDS, batch_size=8))) for m in (model, opened)]
     assert torch.equal(*losses)
     slice_units(model, {g.name: torch.arange(g.units - (g.kind == "mlp")) for g in all_groups(model)})
