@@ -27,7 +27,7 @@ def check_inputs(parameters: Parameters) -> None:
         NumpruneError: If something is missing; it lists all of it.
     """
     mistakes = [*_models(parameters), *_data(parameters), *_tasks(parameters), *_packages(parameters)]
-    mistakes += _compiler(parameters)
+    mistakes += [*_compiler(parameters), *_runner(parameters)]
     if mistakes:
         raise NumpruneError("\n".join([f"params.yaml has {len(mistakes)} mistake(s):", *(f"  {m}" for m in mistakes)]))
 
@@ -90,3 +90,15 @@ def _packages(parameters: Parameters) -> Iterator[str]:
         missing = [name for name in getattr(parameters.corpus, key) if find_spec(name) is None]
         if missing:
             yield f"corpus.{key}: {', '.join(missing)} not installed: run `make setup`"
+
+
+def _runner(parameters: Parameters) -> Iterator[str]:
+    if parameters.orchestration.runner == "threads":
+        return
+    from prefect.settings import get_current_settings
+
+    if get_current_settings().api.url is None:
+        yield (
+            "orchestration.runner: dask needs a Prefect server that its workers reach too: start one (`make servers`) "
+            "and set PREFECT_API_URL to its address"
+        )

@@ -21,9 +21,9 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.runtime import flow_run  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
-from flows import subprocess_group  # noqa: E402
-from flows.compress import publish_version, reproduce_all  # noqa: E402
 from flows.events import version_registered  # noqa: E402
+from flows.fanout import stop_all  # noqa: E402
+from flows.pipeline import publish_version, reproduce_all  # noqa: E402
 from flows.stages import Ending  # noqa: E402
 from numprune.errors import NumpruneError  # noqa: E402
 from tasks.parameters import Parameters, load_parameters  # noqa: E402
@@ -71,7 +71,7 @@ class _Claim:
             with contextlib.suppress(Exception):
                 if not self._ledger.beat(self._key, self._owner):
                     self._lost.set()
-                    subprocess_group.stop_all()
+                    stop_all()
                     return
 
 

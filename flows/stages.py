@@ -124,30 +124,33 @@ def side_by_side(graph: Mapping[str, set[str]]) -> Iterator[list[str]]:
     yield [stage for stage in graph if stage in behind.difference(timed)]
 
 
-def is_unchanged(root: Path, stage: str) -> bool:
-    """Asks DVC whether a stage's results are those of its present inputs."""
+def is_unchanged(root: Path, *stages: str) -> bool:
+    """Asks DVC whether the results of stages are those of their present inputs."""
     from dvc.repo import Repo, lock_repo
 
     with _asking, Repo(str(root), _wait_for_lock=True) as repo, lock_repo(repo):
-        (found,) = repo.stage.collect(stage)
-        return not found.changed()
+        return not any(found.changed() for stage in stages for found in repo.stage.collect(stage))
 
 
-def run_stage(stage: str, *, timeout_hours: float, on_line: Callable[[str], None]) -> Outcome:
+def run_stage(root: Path, stage: str, *, owner: str, timeout_hours: float, on_line: Callable[[str], None]) -> Outcome:
     """Runs one stage and nothing it depends on: `dvc repro --single-item`.
 
     Args:
+        root: The folder of `dvc.yaml`.
         stage: Its name, as in `evaluate@reference-llama-0.2`.
+        owner: Of the process, see `flows.subprocess_group`.
         timeout_hours: After which it is stopped.
         on_line: Called with each line that the stage itself prints, its error message excepted.
 
     Raises:
-        StoppedError: If the flow is being stopped.
+        StoppedError: If the owner is being stopped.
     """
     output = _Output(on_line)
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
     try:
-        code = subprocess_group.run(command, timeout=3600 * timeout_hours, on_line=output.take)
+        code = subprocess_group.run(
+            command, folder=root, owner=owner, timeout=3600 * timeout_hours, on_line=output.take
+        )
     except TimeoutError:
         message = f"stopped after {timeout_hours:g} hours; raise orchestration.timeout_hours if it needs longer."
         return Outcome(Ending.REJECTED, message)

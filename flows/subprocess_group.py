@@ -7,24 +7,27 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 # An interrupted step removes its temporary files; one that hangs is not waited for.
 _GRACE_SECONDS = ((signal.SIGINT, 10.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 
-_running: set["subprocess.Popen[str]"] = set()
+_owners: dict["subprocess.Popen[str]", str] = {}
 _lock = threading.Lock()
-_stopping = threading.Event()
+_stopped: set[str] = set()
 
 
 class StoppedError(Exception):
     """The command was stopped, or not started, because the flow is being stopped."""
 
 
-def run(command: Sequence[str], *, timeout: float, on_line: Callable[[str], None]) -> int:
+def run(command: Sequence[str], *, folder: Path, owner: str, timeout: float, on_line: Callable[[str], None]) -> int:
     """Runs a command and hands over each line that it or its children print.
 
     Args:
         command: Program and arguments.
+        folder: To run it in.
+        owner: Whose command it is; see `stop`.
         timeout: Seconds after which the whole group is stopped.
         on_line: Called with each line of stdout and stderr, without its end.
 
@@ -33,13 +36,14 @@ def run(command: Sequence[str], *, timeout: float, on_line: Callable[[str], None
 
     Raises:
         TimeoutError: If it was still running after `timeout` seconds.
-        StoppedError: If `stop_all` was called.
+        StoppedError: If `stop` was called for its owner.
     """
     with _lock:
-        if _stopping.is_set():
+        if owner in _stopped:
             raise StoppedError
         process = subprocess.Popen(
             command,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -49,7 +53,7 @@ def run(command: Sequence[str], *, timeout: float, on_line: Callable[[str], None
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
-        _running.add(process)
+        _owners[process] = owner
     expired = threading.Event()
 
     def expire() -> None:
@@ -71,19 +75,19 @@ def run(command: Sequence[str], *, timeout: float, on_line: Callable[[str], None
     finally:
         timer.cancel()
         with _lock:
-            _running.discard(process)
-    if _stopping.is_set():
+            del _owners[process]
+    if owner in _stopped:
         raise StoppedError
     if expired.is_set():
         raise TimeoutError
     return code
 
 
-def stop_all() -> None:
-    """Stops every running group and lets no further one start."""
+def stop(owner: str) -> None:
+    """Stops every running group of an owner and lets no further one start."""
     with _lock:
-        _stopping.set()
-        processes = list(_running)
+        _stopped.add(owner)
+        processes = [process for process, its in _owners.items() if its == owner]
     stoppers = [threading.Thread(target=_stop, args=(process,)) for process in processes]
     for stopper in stoppers:
         stopper.start()
@@ -91,14 +95,9 @@ def stop_all() -> None:
         stopper.join()
 
 
-def allow() -> None:
-    """Lets commands start again after `stop_all`; a new flow run begins with it."""
-    _stopping.clear()
-
-
-def is_stopping() -> bool:
-    """Whether `stop_all` was called since."""
-    return _stopping.is_set()
+def is_stopped(owner: str) -> bool:
+    """Whether `stop` was called for an owner."""
+    return owner in _stopped
 
 
 def _stop(process: "subprocess.Popen[str]") -> None:

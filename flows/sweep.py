@@ -27,8 +27,10 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.states import Failed  # noqa: E402
 
 from flows.checks import check_inputs  # noqa: E402
-from flows.compress import counted, exit_code, reproduce_all, show_table  # noqa: E402
+from flows.command import exit_code  # noqa: E402
+from flows.pipeline import reproduce_all, show_table  # noqa: E402
 from flows.stages import Ending  # noqa: E402
+from flows.table import counted  # noqa: E402
 from numprune.errors import NumpruneError  # noqa: E402
 from numprune.files import replace_on_success  # noqa: E402
 from tasks.layout import REPORT, SWEEP_REPORT  # noqa: E402
@@ -85,7 +87,7 @@ def _measure(
         shutil.copytree(REPORT, folder)
     state = "is recorded" if recorded.is_new else "is already recorded"
     sentence = f"{counted(endings)}; the sweep {state} in MLflow as run {recorded.run_id}."
-    show_table(rows, "dense-against-pruned-sweep", sentence)
+    show_table(rows, "dense-against-pruned-sweep", sentence, {})
     get_run_logger().info(sentence)
     print(f"Report: {SWEEP_REPORT / 'index.html'} (numprune report sweep --open)")
     return recorded
@@ -123,7 +125,12 @@ def main(
 ) -> None:
     """Measures every model at every budget, without touching params.yaml, its results and the registered versions."""
     asked = {name: value.split(",") if value else None for name, value in (("models", models), ("budgets", budgets))}
-    sys.exit(exit_code(lambda: _asked(**asked), lambda: sweep(**asked, return_state=True)))
+
+    def run() -> State[Any]:
+        _asked(**asked)  # A mistake is said before Prefect's server is started.
+        return sweep(**asked, return_state=True)
+
+    sys.exit(exit_code(run))
 
 
 if __name__ == "__main__":

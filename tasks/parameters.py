@@ -338,12 +338,28 @@ class Watch(_Section):
 class Orchestration(_Section):
     """How the flow runs the stages."""
 
+    runner: Literal["threads", "dask"] = Field(
+        default="threads", description="Of this machine; or workers of a Dask cluster, which share a file system."
+    )
+    address: str | None = Field(
+        default=None,
+        description="Of the scheduler of a Dask cluster, as in tcp://node-1:8786; null: a cluster on this machine.",
+    )
     workers: Count | None = Field(
         default=None,
-        description="Stages that run side by side; null: 2 on a CPU, whose cores they share, and 1 on a GPU.",
+        description="Stages that run side by side on one machine; null: 2 on a CPU, whose cores they share, and 1 on "
+        "a GPU. A cluster at an address has as many workers as it was started with.",
     )
     retries: int = Field(default=1, ge=0, description="Further tries of a stage that failed for no fault of its input.")
     timeout_hours: float = Field(default=12, gt=0, description="Of one stage.")
+
+    @model_validator(mode="after")
+    def _address_of_dask(self) -> "Orchestration":
+        if self.address is not None and self.runner != "dask":
+            raise ValueError(
+                f"address {self.address} is that of a Dask cluster: set runner to dask, or address to null"
+            )
+        return self
 
 
 class ReferenceShape(_Section):

@@ -128,7 +128,7 @@ def publish(model: str, budget: str, *, orchestrator: Mapping[str, str] | None =
     experiment = open_experiment(client, registry)
     run = find_run(client, experiment, release)
     version = _find_version(client, release)
-    if run is not None and run.info.status == "FINISHED" and version is not None:
+    if version is not None and _is_finished(run):
         _point_alias(client, budget_alias(budget), version)
         return Publication(model, budget, int(version.version), is_new=False)
     run = run or create_run(client, experiment, release)
@@ -143,6 +143,25 @@ def publish(model: str, budget: str, *, orchestrator: Mapping[str, str] | None =
     # Last of all: a finished run means that everything above is there.
     client.set_terminated(run.info.run_id)
     return Publication(model, budget, int(version.version), is_new=True)
+
+
+def find_publication(model: str, budget: str) -> Publication | None:
+    """The version that `publish` would find, if it would have nothing to write; otherwise None."""
+    from mlflow.exceptions import MlflowException
+
+    registry = load_parameters().registry
+    with contextlib.suppress(NumpruneError, MlflowException):  # `publish` says what is wrong.
+        release = read_release(model, budget)
+        client = connect(registry)
+        finished = _is_finished(find_run(client, open_experiment(client, registry), release))
+        version = _find_version(client, release)
+        if finished and version is not None and _points_to(client, budget_alias(budget), version):
+            return Publication(model, budget, int(version.version), is_new=False)
+    return None
+
+
+def _is_finished(run: "Run | None") -> bool:
+    return run is not None and run.info.status == "FINISHED"
 
 
 def budget_alias(budget: str) -> str:
@@ -411,9 +430,12 @@ def _delete_unfinished(client: "MlflowClient", model: "LoggedModel") -> None:
 
 
 def _point_alias(client: "MlflowClient", alias: str, version: "ModelVersion") -> None:
-    aliases = client.get_registered_model(version.name).aliases
-    if str(aliases.get(alias)) != str(version.version):
+    if not _points_to(client, alias, version):
         client.set_registered_model_alias(version.name, alias, str(version.version))
+
+
+def _points_to(client: "MlflowClient", alias: str, version: "ModelVersion") -> bool:
+    return str(client.get_registered_model(version.name).aliases.get(alias)) == str(version.version)
 
 
 def git_state() -> dict[str, str]:

@@ -21,7 +21,7 @@ def run_step(step: Callable[..., Any], *, shared: bool = False, beside_others: b
     depend on whether it really does: the last bits of a result depend on the number of threads.
 
     A `NumpruneError` ends the process with exit code 2 and its message as the last thing on standard error, after
-    `error: `; `flows/compress.py` reads both.
+    `error: `; `flows/stages.py` reads both.
     """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(step)

@@ -1,6 +1,7 @@
 """A copy of the repository with a tiny random model, in which the real pipeline runs."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -53,8 +54,8 @@ class Checkout:
 
     root: Path
 
-    def compress(self) -> FlowRun:
-        done = self.run(sys.executable, "-m", "flows.compress")
+    def compress(self, **variables: str) -> FlowRun:
+        done = self.run(sys.executable, "-m", "flows.compress", **variables)
         return FlowRun(done.returncode, done.stdout)
 
     def run(self, *command: str, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -84,6 +85,12 @@ class Checkout:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         edit(content)
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+    def commit(self, message: str) -> None:
+        """Commits everything."""
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+        for command in (["add", "-A"], ["commit", "-qm", message]):
+            subprocess.run(["git", *identity, *command], cwd=self.root, check=True)
 
 
 def _tiny(content: dict[str, Any]) -> None:
@@ -144,9 +151,8 @@ def copy_repository(target: Path) -> Checkout:
     save_tiny_model(target / "models" / MODEL)
     checkout = Checkout(target)
     checkout.edit_parameters(_tiny)
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "Copy"]):
-        identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
-        subprocess.run(["git", *identity, *command], cwd=target, check=True)
+    subprocess.run(["git", "init", "-q"], cwd=target, check=True)
+    checkout.commit("Copy")
     return checkout
 
 
@@ -214,6 +220,14 @@ class Server:
             "PREFECT_HOME": str(self.home),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         }
+
+    def logs(self) -> list[str]:
+        """The messages of all runs."""
+        request = urllib.request.Request(
+            f"{self.url}/logs/filter", json.dumps({"limit": 200}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return [line["message"] for line in json.load(response)]
 
 
 @pytest.fixture(scope="session")

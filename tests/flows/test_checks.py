@@ -40,11 +40,12 @@ def test_all_that_is_missing_is_named(parameters: Parameters, monkeypatch: pytes
             ),
             "benchmark": parameters.benchmark.model_copy(update={"compile": True}),
             "corpus": parameters.corpus.model_copy(update={"calibration": ["no_such_package"]}),
+            "orchestration": parameters.orchestration.model_copy(update={"runner": "dask"}),
         }
     )
     monkeypatch.setattr("shutil.which", lambda _name: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(NumpruneError, match=r"6 mistake\(s\)") as caught:
+    with pytest.raises(NumpruneError, match=r"7 mistake\(s\)") as caught:
         check_inputs(wrong)
     message = str(caught.value)
     assert "models/absent holds no model" in message
@@ -53,3 +54,4 @@ def test_all_that_is_missing_is_named(parameters: Parameters, monkeypatch: pytes
     assert "neither lm-eval nor evaluation has boolk;" in message
     assert "benchmark.compile: needs a C++ compiler" in message
     assert "no_such_package" in message
+    assert "set PREFECT_API_URL" in message

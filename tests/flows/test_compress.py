@@ -6,16 +6,19 @@ The tests go through the life of one checkout, in the order in which they stand 
 import contextlib
 import hashlib
 import json
+import os
+import re
 import signal
 import sqlite3
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
-from tests.flows.conftest import MODEL, Checkout
+from tests.flows.conftest import MODEL, Checkout, Server
 
 pytestmark = pytest.mark.pipeline
 
@@ -44,7 +47,17 @@ def locked_results(root: Path) -> dict[str, str]:
     return {path: md5 for path, md5 in results.items() if not any(part in path for part in TIMED)}
 
 
-def test_dvc_alone_reproduces_every_file(checkout: Checkout) -> None:
+def running_in(root: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()) == root:
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def test_dvc_alone_reproduces_every_file(checkout: Checkout, prefect_server: Server) -> None:
+    """And so do two processes of a Dask cluster, models and budgets side by side."""
     done = checkout.run("dvc", "repro")
     assert done.returncode == 0, done.stdout
     assert not (checkout.root / "mlflow").exists()
@@ -55,20 +68,30 @@ def test_dvc_alone_reproduces_every_file(checkout: Checkout) -> None:
     # Again from nothing, under Prefect: the same contents.
     for name in ("dvc.lock", "artifacts", "report", "data", ".dvc/cache"):
         checkout.run("rm", "-rf", name)
-    run = checkout.compress()
+    # The last budget that is published is the candidate.
+    checkout.edit_parameters(lambda content: content.update(budgets=[0.4, 0.2]))
+    checkout.edit_parameters(lambda content: content["orchestration"].update(runner="dask"))
+    checkout.commit("Two budgets on Dask")
+    run = checkout.compress(**prefect_server.environment)
     assert run.code == 0, run.output
     assert run.ran == ALL_STAGES
-    assert "12 stages run, 0 unchanged; 1 of 1 versions newly published." in run.output
-    assert locked_results(checkout.root) == first
+    assert "16 stages run, 0 unchanged; 2 of 2 versions newly published." in run.output
+    assert first.items() <= locked_results(checkout.root).items()
+    where = set(re.findall(r"(\w+)@[^\n]*: on \S+, process (\d+)", run.output))
+    assert len({process for _, process in where}) == 2
+    assert len({process for stage, process in where if stage == "compensate"}) == 2
+    assert "capture 2/2, 0 s left" in prefect_server.logs()
 
 
 def test_second_run_does_nothing(checkout: Checkout) -> None:
     before = (checkout.root / "dvc.lock").read_bytes()
-    run = checkout.compress()
+    run = checkout.compress()  # There is no server, and none is started.
     assert run.code == 0, run.output
     assert run.ran == set()
-    assert "0 stages run, 12 unchanged; 0 of 1 versions newly published." in run.output
+    assert "0 stages run, 16 unchanged; 0 of 2 versions newly published." in run.output
+    assert f"{MODEL} 0.2" in run.output
     assert (checkout.root / "dvc.lock").read_bytes() == before
+    assert not (checkout.root / ".prefect").exists()
 
 
 def test_registered_version_is_fetched_by_alias_and_loads(checkout: Checkout) -> None:
@@ -100,6 +123,8 @@ print(json.dumps({"parameters": model.num_parameters(), "tags": candidate.tags})
 
 
 def test_sweep_has_parameters_and_results_of_its_own_and_computes_nothing_twice(checkout: Checkout) -> None:
+    checkout.edit_parameters(lambda content: content["orchestration"].update(runner="threads"))
+    checkout.commit("Threads")
     root = checkout.root
     before = {path: path.read_bytes() for path in (root / "params.yaml", root / "dvc.lock", root / "report/index.html")}
     versions = "SELECT count(*) FROM model_versions"
@@ -108,28 +133,29 @@ def test_sweep_has_parameters_and_results_of_its_own_and_computes_nothing_twice(
     assert "params.yaml has 2 mistake(s)" in wrong.stdout
     assert not (root / ".numprune").exists()
 
-    command = (sys.executable, "-m", "flows.sweep", "--budgets", "0.2,0.4")
+    command = (sys.executable, "-m", "flows.sweep", "--budgets", "0.2,0.3")
     done = checkout.run(*command)
     assert done.returncode == 0, done.stdout
     # One plan, checkpoint, evaluation, benchmark and the summary; all that is shared comes from the cache.
     assert "5 stages run, 0 unchanged, 11 restored from DVC's cache; the sweep is recorded" in done.stdout
-    assert f"{MODEL} 0.4" in done.stdout
+    assert f"{MODEL} 0.3" in done.stdout
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert not (root / f"artifacts/{MODEL}/0.4").exists()
+    assert not (root / f"artifacts/{MODEL}/0.3").exists()
     page = (root / "report/sweep/index.html").read_text(encoding="utf-8")
-    assert f"runs/{MODEL}-0.4.html" in page
+    assert f"runs/{MODEL}-0.3.html" in page
     assert f"runs/{MODEL}-0.2.html" in page
 
     again = checkout.run(*command)
     assert again.returncode == 0, again.stdout
     assert "0 stages run, 16 unchanged; the sweep is already recorded" in again.stdout
     with contextlib.closing(sqlite3.connect(root / "mlflow/mlflow.db")) as database:
-        assert database.execute(versions).fetchone() == (1,)
+        assert database.execute(versions).fetchone() == (2,)
         children = "SELECT count(*) FROM tags WHERE key = 'mlflow.parentRunId'"
         assert database.execute(children).fetchone() == (2,)
         named = "SELECT key, value FROM tags WHERE key IN ('git_commit', 'git_dirty')"
         states = set(database.execute(named))
-    assert states == {("git_dirty", "false"), ("git_commit", checkout.run("git", "rev-parse", "HEAD").stdout.strip())}
+    commits = checkout.run("git", "rev-parse", "HEAD", "HEAD~1").stdout.split()  # Of the sweep and of the versions.
+    assert states == {("git_dirty", "false"), *(("git_commit", commit) for commit in commits)}
 
 
 def test_another_budget_redoes_nothing_before_the_plan(checkout: Checkout) -> None:
@@ -167,12 +193,16 @@ def test_mistake_found_by_a_stage_is_one_message(checkout: Checkout) -> None:
     assert "short.txt" in last_error
 
 
-def test_interrupt_ends_the_stage_and_leaves_nothing_half_written(checkout: Checkout) -> None:
+@pytest.mark.parametrize("runner", ["threads", "dask"])
+def test_interrupt_ends_the_stage_and_leaves_nothing_half_written(
+    checkout: Checkout, prefect_server: Server, runner: str
+) -> None:
     def edit(content: dict) -> None:
         content["calibration"] |= {"data": "data/corpus/calibration.jsonl", "seed": 2}
+        content["orchestration"]["runner"] = runner
 
     checkout.edit_parameters(edit)
-    flow = checkout.start(sys.executable, "-m", "flows.compress")
+    flow = checkout.start(sys.executable, "-m", "flows.compress", **prefect_server.environment)
     output = ""
     try:
         assert flow.stdout is not None
@@ -180,13 +210,14 @@ def test_interrupt_ends_the_stage_and_leaves_nothing_half_written(checkout: Chec
             output += line
             if "'corpus' - Finished" in line:
                 time.sleep(3)  # By now the calibration has begun.
-                flow.send_signal(signal.SIGINT)
+                os.killpg(flow.pid, signal.SIGINT)  # As a terminal does, workers of Dask included.
         assert flow.wait(30) == 130, output
     finally:
         flow.kill()
     assert "\nStopped." in output
     assert "Traceback" not in output
     assert list(checkout.root.rglob(".*.partial")) == []
+    assert running_in(checkout.root) == []
     # DVC's lock is free again: it answers at once.
     assert f"calibrate@{MODEL}" in checkout.run("dvc", "status").stdout
 

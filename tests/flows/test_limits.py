@@ -5,8 +5,8 @@ from prefect.client.orchestration import get_client
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.compress import _accelerator
 from flows.limits import create_limit
+from flows.pipeline import _accelerator
 from tests.flows.conftest import Server
 
 pytestmark = pytest.mark.pipeline

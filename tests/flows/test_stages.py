@@ -23,8 +23,9 @@ FAILED = "ERROR: failed to reproduce 'score@small': failed to run: python -m tas
 def run_printed(monkeypatch: pytest.MonkeyPatch, text: str, code: int) -> tuple[stages.Outcome, list[str]]:
     """Runs a stage whose DVC prints `text`."""
 
-    def run(command: list[str], *, timeout: float, on_line) -> int:
+    def run(command: list[str], *, folder: Path, owner: str, timeout: float, on_line) -> int:
         assert command[-1] == "score@small"
+        assert (folder, owner) == (ROOT, "test")
         assert timeout == 3600
         for line in text.splitlines():
             on_line(line)
@@ -32,7 +33,7 @@ def run_printed(monkeypatch: pytest.MonkeyPatch, text: str, code: int) -> tuple[
 
     monkeypatch.setattr(subprocess_group, "run", run)
     shown: list[str] = []
-    return run_stage("score@small", timeout_hours=1, on_line=shown.append), shown
+    return run_stage(ROOT, "score@small", owner="test", timeout_hours=1, on_line=shown.append), shown
 
 
 def test_only_the_lines_of_the_stage_itself_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:

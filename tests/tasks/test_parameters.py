@@ -81,6 +81,14 @@ def test_what_is_named_twice_is_refused(content: dict[str, Any], tmp_path: Path,
         load(content, tmp_path)
 
 
+def test_address_of_a_dask_cluster_needs_the_runner(content: dict[str, Any], tmp_path: Path) -> None:
+    content["orchestration"]["address"] = "tcp://node-1:8786"
+    with pytest.raises(NumpruneError, match=r"orchestration: .*set runner to dask"):
+        load(content, tmp_path)
+    content["orchestration"]["runner"] = "dask"
+    assert load(content, tmp_path).orchestration.address == "tcp://node-1:8786"
+
+
 def test_held_out_text_is_never_trained_on(content: dict[str, Any], tmp_path: Path) -> None:
     content["corpus"]["evaluation"].append(content["reference"]["training"]["packages"][0])
     with pytest.raises(NumpruneError, match="held-out"):

@@ -11,7 +11,7 @@ import yaml
 from mlflow import MlflowClient
 
 from numprune.errors import NumpruneError
-from tasks.publish import publish, read_release
+from tasks.publish import find_publication, publish, read_release
 from tasks.registry import version_folder
 from tests.tasks.conftest import MODEL, Workspace, weights_size, write
 
@@ -73,9 +73,11 @@ def test_published_version_is_found_by_alias(client: MlflowClient) -> None:
 
 
 def test_second_publish_changes_nothing(client: MlflowClient) -> None:
+    assert find_publication(MODEL, "0.2") is None
     first = publish(MODEL, "0.2")
     before = everything(client)
     second = publish(MODEL, "0.2")
+    assert find_publication(MODEL, "0.2") == second
     assert (second.version, second.is_new) == (first.version, False)
     assert everything(client) == before
 
@@ -93,6 +95,7 @@ def test_earlier_content_is_found_again(workspace: Workspace) -> None:
     workspace.make_results(seed=1)
     assert publish(MODEL, "0.2").version == 2
     workspace.make_results()
+    assert find_publication(MODEL, "0.2") is None  # The alias is that of the other content.
     assert publish(MODEL, "0.2").version == 1
     assert aliases(workspace.client) == {"ratio-0_2": 1, "candidate": 2}
 
