@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.numprune-ready
 TORCH := torch==2.13.0
 VLLM := .venv-vllm
+TORCHAO := torchao==0.18.0
 
 # The first Python that works; set PYTHON=... to choose another.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
@@ -47,12 +48,14 @@ test: setup ## Format, lint, types, unit tests, then the pipeline tests.
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses 8 --dist loadfile -m "not pipeline and not servers and not gpu and not engines"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "pipeline and not gpu and not engines"
 
-# vLLM wants an older transformers than the rest: it has an environment of its own.
+# vLLM wants an older transformers than the rest: it has an environment of its own. torchao has a folder of its own:
+# transformers imports it wherever it finds it, which takes every command a second.
 $(VLLM)/.ready: tests/engines/vllm.txt pyproject.toml
 	@test -x $(VLLM)/bin/python || { echo "Creating $(VLLM) with $(PYTHON)"; $(PYTHON) -m venv $(VLLM); }
 	@echo "Installing vLLM (a few minutes the first time)"
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/engines/vllm.txt
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VLLM)/torchao $(TORCHAO)
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 

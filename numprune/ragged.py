@@ -259,6 +259,11 @@ class RaggedConfig(PreTrainedConfig):
         with _alike(self):
             PreTrainedConfig.validate(self)  # type: ignore[attr-defined]  # Added by a decorator.
 
+    def validate_rope(self) -> None:
+        """Reads the head count of the dense model, from which some families take the channels of a head."""
+        with _alike(self):
+            super().validate_rope()
+
 
 @contextmanager
 def _alike(config: PreTrainedConfig) -> Iterator[None]:

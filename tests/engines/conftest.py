@@ -80,14 +80,15 @@ PROMPTS = [[57, 3, 240, 18], [101], [7, 7, 7, 250, 31, 99, 14, 180, 64, 2]]
 TOKENS = 12
 
 
+# Of the heads in quarters and of the channels, what three layers keep in turn.
+_QUARTERS = {"uniform": (2, 2, 2), "channels": (4, 4, 4), "ragged": (3, 1, 2), "even": (4, 2, 4)}
+_CHANNELS = {"uniform": (32, 32, 32), "channels": (32, 32, 32), "ragged": (24, 40, 17), "even": (24, 40, 16)}
+
+
 def kept_units(group: Any, shape: str) -> torch.Tensor:
-    """Of heads a half, or in turn three quarters, a quarter and a half; of channels 32, or 24, 40 and 17."""
-    if group.kind == "mlp":
-        count = (24, 40, 17)[group.block % 3] if shape == "ragged" else 32
-    elif shape == "channels":  # Are all that goes.
-        count = group.units
-    else:
-        count = group.units * ((3, 1, 2)[group.block % 3] if shape == "ragged" else 2) // 4
+    """The last ones of a group, as many as the shape has."""
+    turn = group.block % 3
+    count = _CHANNELS[shape][turn] if group.kind == "mlp" else group.units * _QUARTERS[shape][turn] // 4
     return torch.arange(group.units - count, group.units)
 
 

@@ -1,12 +1,17 @@
 """What people do with a checkpoint in transformers and around it, with one of equal and one of different widths."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache, Trainer, TrainingArguments, pipeline
 
-from tests.engines.conftest import CELLS, FAMILIES, PROMPTS, SHAPES, TOKENS, greedy, reference
+from tests.engines.conftest import CELLS, FAMILIES, PROMPTS, SHAPES, SIZES, TOKENS, greedy, reference
 
 
 @pytest.mark.engines
@@ -35,6 +40,7 @@ def model(folder):
 
 
 IDS = torch.tensor([PROMPTS[2]])
+TORCHAO = Path(__file__).parents[2] / ".venv-vllm/torchao"  # Made by `make test-engines`.
 
 
 def test_pipeline_continues_text(folder):
@@ -94,9 +100,45 @@ def test_trainer_takes_a_step(model, tmp_path):
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.engines
+def test_torchao_quantizes_as_it_loads(prune, tmp_path):
+    """In a process of its own: once torchao can be imported, transformers imports it everywhere."""
+    folders = {shape: str(prune(FAMILIES["llama"], shape)) for shape in SHAPES}
+    script = f"""
+import json
+import numprune.ragged
+import torch
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
+for folder in {list(folders.values())}:
+    settings = TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
+    kinds = {{type(layer.weight).__name__ for name, layer in model.named_modules() if name.endswith("_proj")}}
+    ids = torch.tensor({IDS.tolist()})
+    tokens = model.generate(ids, do_sample=False, max_new_tokens={TOKENS}, min_new_tokens={TOKENS})
+    print(json.dumps([sorted(kinds), model(ids).logits.tolist(), tokens.shape[1]]))
+"""
+    environment = os.environ | {"PYTHONPATH": str(TORCHAO)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    for line, folder in zip(done.stdout.splitlines(), folders.values(), strict=True):
+        kinds, logits, length = json.loads(line)
+        assert kinds == ["Int8Tensor"]
+        assert length == IDS.shape[1] + TOKENS
+        expected = reference(Path(folder))(IDS).logits
+        assert 0 < (torch.tensor(logits) - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.engines
 @torch.no_grad()
-def test_torchao_quantizes(model):
-    quantization = pytest.importorskip("torchao.quantization")
-    expected = model(IDS).logits
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    assert (model(IDS).logits - expected).norm() < 0.1 * expected.norm()
+def test_inductor_compiles_a_step_of_generation_with_a_static_cache(prune):
+    """Layers of different widths in one piece of code."""
+    model = reference(prune(LlamaConfig(**SIZES | {"num_hidden_layers": 2}), "ragged"))
+    logits = []
+    for step in (model, torch.compile(model, backend="inductor", fullgraph=True)):
+        cache = StaticCache(model.config, max_cache_len=16)
+        model(IDS[:, :-1], past_key_values=cache)
+        logits.append(step(IDS[:, -1:], past_key_values=cache).logits)
+    torch.testing.assert_close(*logits)
+    torch.testing.assert_close(logits[0], model(IDS).logits[:, -1:])

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from numprune.architectures import decoder_blocks
+from numprune.ragged import remove_attention, remove_mlp
 from tests.engines.conftest import CELLS, FAMILIES, PROMPTS, TOKENS, greedy, reference
 
 pytestmark = pytest.mark.engines
@@ -42,30 +44,56 @@ def job(folder: Path, prompts: list[list[int]] = PROMPTS, **options: Any) -> dic
 
 
 NOT_ITS_OWN = ("qwen2", "uniform")
-# Its attention splits the fused projection by the head count of the configuration, which vLLM reads from the whole one.
-REFUSED = ("phi3", "ragged")
 
 
 def options(cell: tuple[str, str]) -> dict[str, str]:
     return BACKEND if cell == NOT_ITS_OWN else {}
 
 
+def without_mlp(model: Any) -> Any:
+    remove_mlp(decoder_blocks(model)[1], "mlp.down_proj", ())
+    return model
+
+
+def without_attention(model: Any) -> Any:
+    remove_attention(decoder_blocks(model)[1], "self_attn", 32)
+    return model
+
+
 @pytest.fixture(scope="module")
 def families(prune, tmp_path_factory):
-    """Folder and what vLLM gives, for every family and shape."""
+    """Folder and what vLLM gives, for every family and shape, and for models that lack a whole module."""
     folders = {cell: prune(FAMILIES[cell[0]], cell[1]) for cell in CELLS}
+    folders |= {change: prune(FAMILIES["llama"], "ragged", change) for change in (without_mlp, without_attention)}
     jobs = [job(folder, **options(cell)) for cell, folder in folders.items()]
     answers = run(jobs, tmp_path_factory.mktemp("vllm"))
     return {cell: (folder, answer) for (cell, folder), answer in zip(folders.items(), answers, strict=True)}
 
 
+def expected(folder: Path) -> dict[str, Any]:
+    model = reference(folder)
+    return {"tokens": [greedy(model, prompt) for prompt in PROMPTS]}
+
+
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
 def test_same_tokens_for_a_batch_of_mixed_lengths(families, record, cell):
     folder, answer = families[cell]
-    if cell == REFUSED:
-        assert "AmbiguousGlobalPerLayerAttributeError" in answer["error"]
-        record(cell[0], "vLLM", cell[1], "no")
-        return
-    model = reference(folder)
-    assert answer == {"tokens": [greedy(model, prompt) for prompt in PROMPTS]}
+    assert answer == expected(folder)
     record(cell[0], "vLLM", cell[1], "with `--model-impl transformers`" if options(cell) else "yes")
+
+
+def test_an_mlp_may_be_gone_and_an_attention_is_missed(families):
+    folder, answer = families[without_mlp]
+    assert answer == expected(folder)
+    assert (
+        "Layer 1 does not dispatch through the Transformers attention interface"
+        in families[without_attention][1]["error"]
+    )
+
+
+def test_two_processes_share_the_heads_of_every_layer(prune, tmp_path):
+    """Tensor parallelism over widths that differ, all of them even."""
+    folder = prune(FAMILIES["llama"], "even")
+    cores = sorted(os.sched_getaffinity(0))
+    bound = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+    assert run([job(folder, tensor_parallel_size=2)], tmp_path, **bound) == [expected(folder)]
