@@ -78,6 +78,9 @@ def how_to_load(config: Mapping[str, Any], title: str) -> str:
     ragged = "auto_map" in config
     trust = ", trust_remote_code=True" if ragged else ""
     flag = " --trust-remote-code" if ragged else ""
+    channels = config["num_attention_heads"] * config.get("head_dim", 0) if config["model_type"] == "qwen2" else 0
+    if channels not in {0, config["hidden_size"]}:
+        flag = " --model-impl transformers"  # vLLM's own Qwen2 takes the channels of a head from the head count.
     about = (
         "`trust_remote_code` lets transformers and vLLM run `ragged.py`, which lies in this folder and builds layers "
         "of different widths; where numprune is installed it is not needed."

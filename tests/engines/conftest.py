@@ -10,30 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Cohere2Config,
-    CohereConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Olmo3Config,
-    OPTConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-    StableLmConfig,
-)
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from numprune.architectures import decoder_blocks, prunable_groups
 from numprune.checkpoint import load_model
+from numprune.ragged import LAYOUTS
 from numprune.saving import save_pruned
 from numprune.slicing import slice_block
 from tests.numprune.conftest import random_model, tokenizer
@@ -57,22 +38,26 @@ SIZES: dict[str, Any] = {
 _WIDE = SIZES | {"hidden_size": 256}
 _FOUR = {"num_hidden_layers": 4}  # One layer in four differs, the last.
 _WINDOW = {"sliding_window": 16}  # The longest prompt outgrows it.
+# What differs from `_WIDE`.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 64},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "smollm3": _FOUR,
+    "gemma2": _WINDOW | {"query_pre_attn_scalar": 24},
+    "gemma3_text": _WINDOW | {"query_pre_attn_scalar": 24, "num_hidden_layers": 6},
+    "phi3": {},
+    "olmo2": {},
+    "olmo3": _WINDOW | _FOUR,
+    "stablelm": {"use_qkv_bias": True},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": _WINDOW | _FOUR,
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 256},
+}
 FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_WIDE),
-    "mistral": MistralConfig(**_WIDE, sliding_window=64),
-    "qwen2": Qwen2Config(**_WIDE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**_WIDE),
-    "smollm3": SmolLM3Config(**_WIDE | _FOUR),
-    "gemma2": Gemma2Config(**_WIDE | _WINDOW, query_pre_attn_scalar=24),
-    "gemma3_text": Gemma3TextConfig(**_WIDE | _WINDOW | {"num_hidden_layers": 6}, query_pre_attn_scalar=24),
-    "phi3": Phi3Config(**_WIDE),
-    "olmo2": Olmo2Config(**_WIDE),
-    "olmo3": Olmo3Config(**_WIDE | _WINDOW | _FOUR),
-    "stablelm": StableLmConfig(**_WIDE, use_qkv_bias=True),
-    "cohere": CohereConfig(**_WIDE, logit_scale=0.3),
-    "cohere2": Cohere2Config(**_WIDE | _WINDOW | _FOUR),
-    "gpt_neox": GPTNeoXConfig(**_WIDE),
-    "opt": OPTConfig(**_WIDE, ffn_dim=48, word_embed_proj_dim=256),
+    name: LAYOUTS[name].stock.config_class(**_WIDE | settings) for name, settings in _SETTINGS.items()
 }
 SHAPES = ("uniform", "ragged")
 CELLS = [(name, shape) for name in FAMILIES for shape in SHAPES]

@@ -29,15 +29,8 @@ from numprune.export.llama_cpp import export_gguf
 from numprune.ragged import remove_attention, remove_mlp
 from numprune.slicing import add_bias
 from tests.engines.conftest import CELLS, FAMILIES, PROMPTS, SIZES, LlamaCpp, reference, shortfalls
+from tests.numprune.conftest import LLAMA3_ROPE
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 GEMMA3_ROPE = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from numprune.architectures import decoder_blocks
+from numprune.card import how_to_load
 from numprune.ragged import remove_attention, remove_mlp
 from tests.engines.conftest import CELLS, FAMILIES, PROMPTS, TOKENS, greedy, reference
 
@@ -79,6 +80,8 @@ def expected(folder: Path) -> dict[str, Any]:
 def test_same_tokens_for_a_batch_of_mixed_lengths(families, record, cell):
     folder, answer = families[cell]
     assert answer == expected(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert ("--model-impl transformers" in how_to_load(config, "out")) == bool(options(cell))
     record(cell[0], "vLLM", cell[1], "with `--model-impl transformers`" if options(cell) else "yes")
 
 

@@ -35,6 +35,14 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 0,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 # Every shape that slicing treats differently: grouped, multi-head and multi-query attention, biases, norms on q and k,
 # a sliding window shorter than the text, tied embeddings.
 CONFIGS: dict[str, PreTrainedConfig] = {
