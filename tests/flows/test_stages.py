@@ -1,6 +1,7 @@
 """Stages as DVC prints and declares them."""
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from flows import stages, subprocess_group
 from flows.progress import artifact_key
-from flows.stages import Ending, Progress, run_stage, side_by_side, stage_graph
+from flows.stages import Ending, Progress, is_unchanged, run_stage, side_by_side, stage_graph
 from tests.flows.conftest import ROOT
 
 # They change no result: messages, progress lines, renaming of finished files, where hidden states and work lie.
@@ -94,6 +95,22 @@ def test_stages_come_after_what_they_need() -> None:
     assert all(order.index(needed) < order.index(name) for name, needs in graph.items() for needed in needs)
     # The summary reads every metric file.
     assert {name.partition("@")[0] for name in graph["summary"]} >= {"prune", "evaluate_dense", "evaluate", "benchmark"}
+
+
+def test_stages_are_asked_for_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a worker of Dask does."""
+    shutil.copytree(ROOT / ".dvc", tmp_path / "checkout/.dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    (tmp_path / "checkout/dvc.yaml").write_text("stages: {own: {cmd: echo > made, deps: [read], outs: [made]}}\n")
+    (tmp_path / "checkout/read").touch()
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "checkout"
+    (root / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
+    assert not is_unchanged(root, "own")
+    lines: list[str] = []
+    assert run_stage(root, "own", owner="test", timeout_hours=1, on_line=lines.append) == stages.Outcome(
+        Ending.COMPLETED
+    )
+    assert is_unchanged(root, "own")
 
 
 def declared_stages() -> dict[str, dict]:
