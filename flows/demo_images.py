@@ -4,6 +4,7 @@ It runs in a workspace beside the checkout (`tasks/workspace.py`), so that the r
 they are: `python -m flows.demo_images`.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,10 @@ def main() -> int:
     with reported():
         changes = _changes()
         open_workspace(WORKSPACE, Path(), load_parameters(changes=changes), changes)
+    # Threads do not pay for a model this small: what one of them computes takes less time than handing it over.
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
     for module in ("flows.compress", "benchmarks.images"):
-        done = subprocess.run([sys.executable, "-m", module], cwd=WORKSPACE, check=False)
+        done = subprocess.run([sys.executable, "-m", module], cwd=WORKSPACE, env=environment, check=False)
         if done.returncode != 0:
             return done.returncode
     print("\nWritten:", *(f"  {WORKSPACE / name}" for name in _REPORT), sep="\n")

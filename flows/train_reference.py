@@ -3,24 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from flows.environment import prepare_environment
+from flows.training import print_figures, step  # First: it prepares the environment for Prefect.
 
-prepare_environment()
+# isort: split
+from prefect import flow
 
-from prefect import Task, flow, task  # noqa: E402
-from prefect.cache_policies import NO_CACHE  # noqa: E402
-
-from numprune.errors import reported  # noqa: E402
-from tasks.corpus import write_corpus  # noqa: E402
-from tasks.layout import CORPUS, model_folder  # noqa: E402
-from tasks.parameters import ReferenceTraining, load_parameters  # noqa: E402
-from tasks.reference import train_reference as train_model  # noqa: E402
-from tasks.reference_card import measure, write_card  # noqa: E402
+from tasks.corpus import write_corpus
+from tasks.layout import CORPUS, model_folder
+from tasks.parameters import ReferenceTraining, load_parameters
+from tasks.reference import train_reference as train_model
+from tasks.reference_card import measure, write_card
 
 MODEL = "reference-llama"
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
 def gather_text(training: ReferenceTraining) -> Path:
     """Writes the training text."""
     text = CORPUS / "training.jsonl"
@@ -28,7 +24,6 @@ def gather_text(training: ReferenceTraining) -> Path:
     return text
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
 def gather_evaluation_text() -> None:
     """Writes the calibration and evaluation text, as the pipeline's first stage does."""
     corpus = load_parameters().corpus
@@ -37,9 +32,11 @@ def gather_evaluation_text() -> None:
 
 
 # Tried again, a training goes on from its last checkpoint.
-train = Task(train_model, name="train", cache_policy=NO_CACHE, persist_result=False, retries=1)
-evaluate = Task(measure, name="evaluate", cache_policy=NO_CACHE, persist_result=False)
-describe = Task(write_card, name="describe", cache_policy=NO_CACHE, persist_result=False)
+train = step(train_model, "train", retries=1)
+evaluate = step(measure, "evaluate")
+describe = step(write_card, "describe")
+gather_training = step(gather_text, "training text")
+gather_evaluation = step(gather_evaluation_text, "evaluation text")
 
 
 @flow(name="train-reference", persist_result=False)
@@ -48,21 +45,13 @@ def train_reference() -> dict[str, Any]:
     parameters = load_parameters()
     reference = parameters.reference
     folder = model_folder(MODEL)
-    text = gather_text(reference.training)
-    gather_evaluation_text()
+    text = gather_training(reference.training)
+    gather_evaluation()
     training = train(text, folder, reference.shape, reference.training)
     quality = evaluate(folder, parameters.evaluation)
     describe(folder, reference, training, quality)
     return {**training, **quality}
 
 
-def main() -> None:
-    """Runs the flow and prints the figures of the card."""
-    with reported():
-        load_parameters()
-        for name, value in train_reference().items():
-            print(f"{name}: {value}")
-
-
 if __name__ == "__main__":
-    main()
+    print_figures(train_reference)

@@ -6,28 +6,25 @@ python -m flows.train_reference_images
 from pathlib import Path
 from typing import Any
 
-from flows.environment import prepare_environment
+from flows.training import print_figures, step  # First: it prepares the environment for Prefect.
 
-prepare_environment()
+# isort: split
+from prefect import flow
 
-from prefect import Task, flow  # noqa: E402
-from prefect.cache_policies import NO_CACHE  # noqa: E402
-
-from numprune.errors import reported  # noqa: E402
-from tasks.images.reference import measure_trained_on, train_digits_classifier, write_held_out  # noqa: E402
-from tasks.layout import DIGITS, DIGITS_CLASSIFIER, model_folder  # noqa: E402
-from tasks.parameters import load_parameters  # noqa: E402
-from tasks.reference_images import measure, train_reference_images, write_card  # noqa: E402
+from tasks.images.reference import measure_trained_on, train_digits_classifier, write_held_out
+from tasks.layout import DIGITS, DIGITS_CLASSIFIER, model_folder
+from tasks.parameters import load_parameters
+from tasks.reference_images import measure, train_reference_images, write_card
 
 MODEL = "reference-llamagen"
 
 # Tried again, a training goes on from its last checkpoint.
-train = Task(train_reference_images, name="train", cache_policy=NO_CACHE, persist_result=False, retries=1)
-classify = Task(train_digits_classifier, name="classifier", cache_policy=NO_CACHE, persist_result=False)
-hold_out = Task(write_held_out, name="held-out digits", cache_policy=NO_CACHE, persist_result=False)
-compare = Task(measure_trained_on, name="digits trained on", cache_policy=NO_CACHE, persist_result=False)
-evaluate = Task(measure, name="evaluate", cache_policy=NO_CACHE, persist_result=False)
-describe = Task(write_card, name="describe", cache_policy=NO_CACHE, persist_result=False)
+train = step(train_reference_images, "train", retries=1)
+classify = step(train_digits_classifier, "classifier")
+hold_out = step(write_held_out, "held-out digits")
+compare = step(measure_trained_on, "digits trained on")
+evaluate = step(measure, "evaluate")
+describe = step(write_card, "describe")
 
 
 @flow(name="train-reference-images", persist_result=False)
@@ -44,13 +41,5 @@ def train_images() -> dict[str, Any]:
     return {**training, **data, **metrics}
 
 
-def main() -> None:
-    """Runs the flow and prints the figures of the card."""
-    with reported():
-        load_parameters()
-        for name, value in train_images().items():
-            print(f"{name}: {value}")
-
-
 if __name__ == "__main__":
-    main()
+    print_figures(train_images)
