@@ -27,7 +27,7 @@ from transformers import GenerationConfig
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from numprune.llamagen import LlamaGenConfig, LlamaGenForCausalLM
-from numprune.pickled import load_tensors
+from numprune.pickled import load_tensors, tensor_misfits
 
 # Width, blocks and heads of every size of the paper and of its code.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -189,20 +189,8 @@ def convert_state(tensors: Mapping[str, Tensor], config: LlamaGenConfig, source:
     Raises:
         NumpruneError: If tensors are missing, left over, or of a wrong shape.
     """
-    expected = official_shapes(config)
-    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    wrong = [
-        f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    problems = [
-        f"{what}: {', '.join(sorted(names)[:5])}"
-        for what, names in (("missing", missing), ("of unknown use", unknown), ("of a wrong shape", wrong))
-        if names
-    ]
-    if problems:
-        raise NumpruneError(f"{source} does not fit this configuration. Tensors {'; '.join(problems)}.")
+    if misfits := tensor_misfits(tensors, official_shapes(config)):
+        raise NumpruneError(f"{source} does not fit this configuration. Tensors {misfits}.")
     state: dict[str, Tensor] = {
         "model.norm.weight": tensors["norm.weight"],
         "lm_head.weight": tensors["output.weight"],

@@ -3,7 +3,7 @@
 import argparse
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,23 @@ def load_tensors(path: Path, *, wrappers: Sequence[str] = ()) -> dict[str, Tenso
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise NumpruneError(f"{path} holds no tensors by name, neither at the top nor under {', '.join(wrappers)}.")
     return tensors
+
+
+def tensor_misfits(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> str:
+    """What is missing among tensors, what nobody asks for and what has a wrong shape, for messages; empty if nothing.
+
+    Args:
+        tensors: By name.
+        expected: Shapes by name.
+    """
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    found = {"missing": expected.keys() - tensors.keys(), "of unknown use": tensors.keys() - expected.keys()}
+    named = {**found, "of a wrong shape": wrong}
+    return "; ".join(f"{what}: {', '.join(sorted(names)[:5])}" for what, names in named.items() if names)
 
 
 def _unpickled(path: Path) -> Any:

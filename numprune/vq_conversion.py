@@ -27,7 +27,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
-from numprune.pickled import load_tensors
+from numprune.pickled import load_tensors, tensor_misfits
 
 _WRAPPERS = ("model", "state_dict")
 _RENAMED = (
@@ -108,15 +108,8 @@ def convert_vq_state(tensors: Mapping[str, Tensor], expected: Mapping[str, Tenso
         NumpruneError: If tensors are missing, left over, or of a wrong shape.
     """
     state = {_renamed(name): tensor for name, tensor in tensors.items() if name != _COUNTER}
-    missing, unknown = expected.keys() - state.keys(), state.keys() - expected.keys()
-    wrong = {name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape}
-    problems = [
-        f"{what}: {', '.join(sorted(names)[:5])}"
-        for what, names in (("missing", missing), ("of unknown use", unknown), ("of a wrong shape", wrong))
-        if names
-    ]
-    if problems:
-        raise NumpruneError(f"{source} is no image tokenizer of LlamaGen. Tensors {'; '.join(problems)}.")
+    if misfits := tensor_misfits(state, {name: tuple(tensor.shape) for name, tensor in expected.items()}):
+        raise NumpruneError(f"{source} is no image tokenizer of LlamaGen. Tensors {misfits}.")
     state[_CODEBOOK] = normalize(state[_CODEBOOK], dim=-1)
     return state
 
