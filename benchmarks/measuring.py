@@ -22,12 +22,13 @@ from numprune.choice import rank_model
 from numprune.cutting import cut, twin
 from numprune.device import resolve_device, working_dtype
 from numprune.errors import NumpruneError
-from numprune.perplexity import perplexity, window_losses
+from numprune.perplexity import perplexity, scored_tokens, window_losses
 from numprune.plan import Choice
 from numprune.planning import choose_within
 from numprune.pruning import capture_to, prunable_parameters
 from numprune.ranking import Ranking
 from numprune.recipe import Recipe
+from numprune.samples import Samples
 from numprune.statistics import Measured
 
 Row = dict[str, Any]
@@ -63,7 +64,7 @@ class Bench:
     device: str
     dtype: torch.dtype | None = None
     model: PreTrainedModel = field(init=False)
-    windows: Tensor = field(init=False)
+    windows: Samples = field(init=False)
     _measured: Measured = field(init=False)
     _rankings: dict[str, dict[str, Ranking]] = field(init=False, default_factory=dict)
 
@@ -75,11 +76,11 @@ class Bench:
     @contextmanager
     def calibrated(self, data: str, samples: int, seed: int) -> Iterator[None]:
         """Captures statistics of the dense model for all measurements inside."""
-        input_ids = draw_samples(data, str(self.folder), samples=samples, seed=seed)
+        drawn = draw_samples(data, str(self.folder), samples=samples, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
-            self._measured = Measured(Path(folder), input_ids, self.batch_size, self.place)
+            self._measured = Measured(Path(folder), drawn, self.batch_size, self.place)
             self._rankings = {}
-            for _ in capture_to(Path(folder), self.model, input_ids, batch_size=self.batch_size, device=self.place):
+            for _ in capture_to(Path(folder), self.model, drawn, batch_size=self.batch_size, device=self.place):
                 pass
             yield
 
@@ -142,7 +143,7 @@ class Bench:
 
     def _perplexity(self, model: PreTrainedModel) -> float:
         losses = torch.cat(list(window_losses(model, self.windows, batch_size=self.batch_size, device=self.place)))
-        return perplexity(losses, self.windows.shape[1]).perplexity
+        return perplexity(losses, self.windows.length, scored=scored_tokens(model, self.windows)).perplexity
 
 
 def collect(path: Path, cases: Sequence[Row], measure: Callable[[Row], Row]) -> Iterator[Row]:

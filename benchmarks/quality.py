@@ -98,7 +98,7 @@ def compare(
             rows += list(track(found, len(cases), f"quality, seed {seed}"))
     dense = bench.dense_perplexity()
     stated = (
-        f"{model.name}: {len(bench.windows)} windows of {bench.windows.shape[1]} tokens of {evaluation}; {samples} "
+        f"{model.name}: {len(bench.windows)} windows of {bench.windows.length} tokens of {evaluation}; {samples} "
         f"sequences of {calibration}, seeds {seeds}; {bench.place}."
     )
     table = _table(rows, dense)

@@ -222,7 +222,7 @@ class Bench:
     def _capture(self) -> Iterator[int]:
         measured = self._measured
         return capture_to(
-            measured.statistics, self._model, measured.input_ids, batch_size=measured.batch_size, device=self._device
+            measured.statistics, self._model, measured.samples, batch_size=measured.batch_size, device=self._device
         )
 
     def _time(self, run: Callable[[], object], name: str) -> tuple[float, int]:

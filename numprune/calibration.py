@@ -1,16 +1,19 @@
-"""Token sequences from text: what calibrates and what evaluates."""
+"""Samples from text or from a file: what calibrates and what evaluates."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from numprune.checkpoint import load_config, load_tokenizer
 from numprune.errors import NumpruneError
+from numprune.multimodal import language_config
+from numprune.samples import Samples, checked_inputs
 from numprune.texts import TEXTS, cut_text, read_text
 
 DEFAULT_SAMPLES = 128
@@ -23,11 +26,13 @@ _NAMES = " or ".join(TEXTS)
 
 def draw_samples(
     data: str, model: str, *, samples: int = DEFAULT_SAMPLES, length: int | None = None, seed: int = 0
-) -> Tensor:
+) -> Samples:
     """Draws calibration sequences.
 
     Text is tokenized as one stream without added special tokens and cut into windows of `length`; which of them are
-    taken, and in what order, is up to the seed. A `.safetensors` file gives its first `samples` sequences as they are.
+    taken, and in what order, is up to the seed. A `.safetensors` file gives its first `samples` sequences as they are,
+    with what else the model is given of each: those arguments of its forward pass that its configuration names as
+    `sample_inputs`.
 
     Args:
         data: A text file, a `.jsonl` file with a `text` field, a `.safetensors` file with `input_ids`, or a Hugging
@@ -37,22 +42,20 @@ def draw_samples(
         length: Tokens a sequence; by default 2048 or the model's maximum if that is less.
         seed: Of the draw.
 
-    Returns:
-        (samples, length) int64 token ids.
-
     Raises:
-        NumpruneError: If the data cannot be read, is too short, or holds ids outside the vocabulary.
+        NumpruneError: If the data cannot be read, is too short, holds ids outside the vocabulary, or lacks what the
+            model is given besides.
     """
-    config = load_config(model)
+    config = language_config(load_config(model))
     length = sequence_length(length, config)
     if data.endswith(".safetensors"):
-        rows = _read_input_ids(Path(data), config)
-        if rows.shape[1] < length or len(rows) < samples:
+        rows = _read_samples(Path(data), config)
+        if rows.length < length or len(rows) < samples:
             raise NumpruneError(
-                f"{data}: input_ids is {len(rows)} x {rows.shape[1]}, but {samples} samples of {length} tokens are "
+                f"{data}: input_ids is {len(rows)} x {rows.length}, but {samples} samples of {length} tokens are "
                 "asked for. Lower the samples or the length, or give more data."
             )
-        return rows[:samples, :length].contiguous()
+        return _cut(rows, length, data)[:samples]
     windows = _windows(tokenize(data, model), length)
     if len(windows) < samples:
         raise NumpruneError(
@@ -60,7 +63,7 @@ def draw_samples(
             "length, or give more text."
         )
     chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:samples]
-    return windows[chosen]
+    return Samples(windows[chosen])
 
 
 def evaluation_windows(
@@ -70,8 +73,10 @@ def evaluation_windows(
     length: int | None = None,
     max_tokens: int | None = None,
     documents: Sequence[str] | None = None,
-) -> tuple[Tensor, int | None]:
+) -> tuple[Samples, int | None]:
     """All non-overlapping windows of a text, from its start; what does not fill a window is left out.
+
+    Where a model is given more than token ids, a window is a sequence of the file.
 
     Args:
         data: As for `draw_samples`, or the name of one of `numprune.texts.TEXTS`.
@@ -81,26 +86,29 @@ def evaluation_windows(
         documents: Of a text of `TEXTS`, where they are at hand; else they come from the Hub.
 
     Returns:
-        (windows, length) int64 token ids, and the UTF-8 bytes of text that they stand for (None for `input_ids`).
+        The windows, and the UTF-8 bytes of text that they stand for (None for `input_ids`).
 
     Raises:
         NumpruneError: As `draw_samples`.
     """
-    config = load_config(model)
+    config = language_config(load_config(model))
     length = sequence_length(length, config)
-    drawn = data.endswith(".safetensors")
+    if data.endswith(".safetensors"):
+        rows = _read_samples(Path(data), config)
+        if rows.inputs:
+            rows = _cut(rows, length, data)[: None if max_tokens is None else max_tokens // length]
+        else:
+            rows = Samples(_windows(rows.input_ids.flatten()[:max_tokens], length))
+        return _some(rows, data, length), None
     if data in TEXTS:
         tokenizer = _tokenizer(model, data)
         tokens = cut_text(data, documents or read_text(data), tokenizer, length).flatten()
     else:
-        tokens = _read_input_ids(Path(data), config).flatten() if drawn else tokenize(data, model)
-    windows = _windows(tokens if max_tokens is None else tokens[:max_tokens], length)
-    if not len(windows):
-        raise NumpruneError(f"{data}: no window of {length} tokens; lower the length or give more text.")
-    if drawn:
-        return windows, None
+        tokens = tokenize(data, model)
+    windows = _windows(tokens[:max_tokens], length)
+    samples = _some(Samples(windows), data, length)
     text = str(_tokenizer(model, data).decode(windows.flatten(), skip_special_tokens=False))
-    return windows, len(text.encode())
+    return samples, len(text.encode())
 
 
 def check_data(data: str, *, named: bool = False) -> None:
@@ -144,13 +152,29 @@ def _windows(tokens: Tensor, length: int) -> Tensor:
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
-def _read_input_ids(path: Path, config: PreTrainedConfig) -> Tensor:
+def _some(samples: Samples, data: str, length: int) -> Samples:
+    if not len(samples):
+        raise NumpruneError(f"{data}: no window of {length} tokens; lower the length or give more text.")
+    return samples
+
+
+def _cut(samples: Samples, length: int, data: str) -> Samples:
+    """The first tokens of every sample; what else belongs to a sample belongs to all of it."""
+    if samples.inputs and samples.length != length:
+        raise NumpruneError(
+            f"{data}: sequences of {samples.length} tokens are taken whole, because {', '.join(samples.inputs)} "
+            f"belongs to all of them; got the length {length}."
+        )
+    return Samples(samples.input_ids[:, :length].contiguous(), samples.inputs)
+
+
+def _read_samples(path: Path, config: PreTrainedConfig) -> Samples:
     try:
-        with safe_open(path, "pt") as file:
-            rows = file.get_tensor("input_ids")
+        inputs = load_file(path)
+        rows = inputs.pop("input_ids")
     except FileNotFoundError:
         raise NumpruneError(f"{path} not found. Data is {FORMS}.") from None
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:
         raise NumpruneError(f"{path} holds no readable tensor `input_ids`: {error}") from None
     if rows.ndim != 2 or rows.is_floating_point() or not rows.numel():
         raise NumpruneError(
@@ -162,7 +186,7 @@ def _read_input_ids(path: Path, config: PreTrainedConfig) -> Tensor:
             f"{path}: token ids must be in [0, {config.vocab_size}), got {rows.min()} to {rows.max()}. Was another "
             "tokenizer used?"
         )
-    return rows
+    return Samples(rows, checked_inputs(inputs, getattr(config, "sample_inputs", {}), len(rows), path))
 
 
 def _read_text(data: str) -> str:

@@ -19,6 +19,7 @@ from numprune.errors import NumpruneError
 from numprune.memory import HiddenStates
 from numprune.ranks import add_up, own_share
 from numprune.resume import Saved
+from numprune.samples import Samples
 from numprune.statistics import BlockStatistics, Moments, product
 from numprune.streaming import visit
 
@@ -28,17 +29,17 @@ _LOGGER = logging.getLogger(__name__)
 @torch.no_grad()
 def capture(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    samples: Samples | Tensor,
     *,
     batch_size: int = 8,
     device: torch.device | str | None = None,
     work: Path | None = None,
 ) -> Iterator[BlockStatistics]:
-    """Runs calibration tokens through a model and yields each block's statistics as soon as it is through.
+    """Runs calibration samples through a model and yields each block's statistics as soon as it is through.
 
     Args:
         model: A supported decoder-only model.
-        input_ids: (samples, length) token ids.
+        samples: Samples, or their (samples, length) token ids.
         batch_size: Samples that go through a block together; halved where memory does not suffice.
         device: Where blocks compute; by default where the model is.
         work: Folder that remembers how far this came. Where it already holds something, blocks that were handed out
@@ -55,7 +56,7 @@ def capture(
     blocks = decoder_blocks(model)
     groups = prunable_groups(model)
     device = torch.device(device or model.device)
-    hidden, arguments = enter(model, own_share(input_ids).split(batch_size), device, work)
+    hidden, arguments = enter(model, own_share(Samples.of(samples)), batch_size, device, work)
     saved = Saved(work, "capture")
     for index, block in visit(blocks, device, first=saved.load([hidden])):
         saved.save(index, [hidden])
@@ -63,14 +64,18 @@ def capture(
         finite = torch.ones((), dtype=torch.bool, device=device)
         with _observing(moments.values()):
 
-            def through(states: Tensor, block: nn.Module = block, index: int = index, moments: Any = moments) -> Tensor:
-                after: Tensor = block(states, **arguments[len(states)][index])
+            def through(
+                states: Tensor, start: int, block: nn.Module = block, index: int = index, moments: Any = moments
+            ) -> Tensor:
+                for accumulator in moments.values():
+                    accumulator.present = arguments.present(start, len(states))
+                after: Tensor = block(states, **arguments.of(start, len(states))[index])
                 for accumulator in moments.values():
                     accumulator.add()
                 return after
 
-            for batch, states in enumerate(hidden):
-                after = arguments.fitting(states, through)
+            for batch, ((start, _), states) in enumerate(zip(hidden.bounds, hidden, strict=True)):
+                after = arguments.fitting(states, start, through)
                 finite &= torch.isfinite(after).all()
                 hidden[batch] = after
         if not finite:
@@ -79,40 +84,56 @@ def capture(
 
 
 def enter(
-    model: PreTrainedModel, batches: tuple[Tensor, ...], device: torch.device, work: Path | None = None
+    model: PreTrainedModel, samples: Samples, batch_size: int, device: torch.device, work: Path | None = None
 ) -> tuple[HiddenStates, "Arguments"]:
-    """What enters the first block for each batch, and the keyword arguments of every block.
+    """What enters the first block for each batch of samples, and the keyword arguments of every block.
 
     The model's own forward pass prepares embeddings, masks and rotary angles; its blocks are stood in for by recorders
     that let hidden states through unchanged.
     """
-    hidden = HiddenStates(sum(map(len, batches)), device, work)
-    for batch in batches:
+    hidden = HiddenStates(len(samples), device, work)
+    for batch in samples.split(batch_size):
         hidden.append(_record(model, batch)[0].hidden)
-    return hidden, Arguments(model, batches[0], device)
+    return hidden, Arguments(model, samples, batch_size, device)
 
 
 class Arguments:
-    """The keyword arguments of every block by batch size, and the batch size that memory suffices for."""
+    """The keyword arguments of every block for a batch of samples, and the batch size that memory suffices for.
 
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor, device: torch.device) -> None:
-        self._model, self._input_ids, self._device = model, input_ids, device
+    Where token ids are all that a model is given, they depend on the size of the batch alone, and are kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, samples: Samples, batch_size: int, device: torch.device) -> None:
+        self._model, self._samples, self._device = model, samples, device
         self._of_size: dict[int, list[dict[str, Any]]] = {}
-        self._most = len(input_ids)
+        self._most = min(batch_size, len(samples))
 
-    def __getitem__(self, size: int) -> list[dict[str, Any]]:
+    def of(self, start: int, size: int) -> list[dict[str, Any]]:
+        """The arguments of every block for so many samples from one on."""
+        if self._samples.inputs:
+            return self._recorded(start, size)
         if size not in self._of_size:
-            moved: dict[int, Any] = {}
-            recorders = _record(self._model, self._input_ids[:size])
-            self._of_size[size] = [_on(self._device, recorder.arguments, moved) for recorder in recorders]
+            self._of_size[size] = self._recorded(0, size)
         return self._of_size[size]
 
-    def through(self, index: int, block: nn.Module, states: Tensor) -> Tensor:
-        """A batch after a block."""
-        return self.fitting(states, lambda piece: block(piece, **self[len(piece)][index]))
+    def present(self, start: int, size: int) -> Tensor | None:
+        """(size, length) bool: which tokens of so many samples from one on are no padding; None: all of them."""
+        if "attention_mask" not in self._samples.inputs:
+            return None
+        return self._samples[start : start + size].present().to(self._device)
 
-    def fitting(self, states: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def through(self, index: int, block: nn.Module, hidden: HiddenStates) -> Iterator[Tensor]:
+        """Batch by batch, hidden states after a block."""
+        for (start, _), states in zip(hidden.bounds, hidden, strict=True):
+            yield self.fitting(states, start, lambda piece, first: block(piece, **self.of(first, len(piece))[index]))
+
+    def fitting(self, states: Tensor, start: int, compute: Callable[[Tensor, int], Tensor]) -> Tensor:
         """Computes a batch, in halves where memory does not suffice; smaller batches are remembered and reported.
+
+        Args:
+            states: Of the batch.
+            start: Its first sample.
+            compute: Is given some of the states and the first of their samples.
 
         Raises:
             NumpruneError: If not even one sample fits.
@@ -121,12 +142,12 @@ class Arguments:
         while len(states):
             piece = states[: self._most]
             try:
-                results.append(compute(piece))
+                results.append(compute(piece, start))
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             else:
-                states = states[len(piece) :]
+                states, start = states[len(piece) :], start + len(piece)
                 continue
             self.halve(len(piece))
         return results[0] if len(results) == 1 else torch.cat(results)
@@ -140,7 +161,7 @@ class Arguments:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if size == 1:
-            length = self._input_ids.shape[1]
+            length = self._samples.length
             raise NumpruneError(
                 f"{self._device} has too little memory for one sequence of {length} tokens: lower --length "
                 "(calibration.length in params.yaml), or use another --device (compute.device)."
@@ -148,6 +169,17 @@ class Arguments:
         self._most = size // 2
         _LOGGER.warning("out of memory with %d sequences at a time: going on with %d", size, self._most)
         return self._most
+
+    def _recorded(self, start: int, size: int) -> list[dict[str, Any]]:
+        moved: dict[int, Any] = {}
+        recorders = _record(self._model, self._samples[start : start + size])
+        return [_on(self._device, recorder.arguments, moved) for recorder in recorders]
+
+
+def token_rows(states: Tensor, present: Tensor | None) -> Tensor:
+    """(tokens, D) of (..., D) states: of all tokens, or of those that are present."""
+    rows = states.flatten(0, -2)
+    return rows if present is None else rows[present.flatten()]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -166,12 +198,13 @@ class _Recorder(nn.Module):
 
 
 @torch.no_grad()
-def _record(model: PreTrainedModel, batch: Tensor) -> list[_Recorder]:
+def _record(model: PreTrainedModel, batch: Samples) -> list[_Recorder]:
     decoder = model.get_decoder()
     recorders = [_Recorder() for _ in decoder.layers]
     blocks, decoder.layers = decoder.layers, nn.ModuleList(recorders)
     try:
-        decoder(input_ids=batch.to(model.device), use_cache=False)
+        given = batch.to(model.device)
+        decoder(input_ids=given.input_ids, use_cache=False, **given.inputs)
     finally:
         decoder.layers = blocks
     return recorders
@@ -200,10 +233,11 @@ class _Accumulator:
         self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
         self.sum = torch.zeros(size, dtype=torch.float64, device=device)
         self.count = 0
+        self.present: Tensor | None = None
         self._seen: tuple[Tensor, Tensor, int]
 
     def observe(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].flatten(0, -2)
+        rows = token_rows(inputs[0], self.present)
         self._seen = product(rows, rows), rows.sum(0, dtype=torch.float64), len(rows)
 
     def add(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from numprune.architectures import layer_widths
 from numprune.checkpoint import PLAN_FILE, load_shapes
 from numprune.files import replace_on_success
+from numprune.multimodal import AUTO_CLASS, HOLDERS
 from numprune.plan import PruningPlan
 
 CARD = "README.md"
@@ -76,10 +77,13 @@ def how_to_load(config: Mapping[str, Any], title: str) -> str:
         title: The folder's name or its id on the Hub.
     """
     ragged = "auto_map" in config
+    family = config.get("model_type", "")
+    if family.removeprefix("ragged_") in HOLDERS:
+        return _how_to_load_whole(title, ragged=ragged)
     trust = ", trust_remote_code=True" if ragged else ""
     flag = " --trust-remote-code" if ragged else ""
-    channels = config["num_attention_heads"] * config.get("head_dim", 0) if config["model_type"] == "qwen2" else 0
-    if channels not in {0, config["hidden_size"]}:
+    channels = config["num_attention_heads"] * config.get("head_dim", 0) if family == "qwen2" else 0
+    if channels not in {0, config.get("hidden_size")}:
         flag = " --model-impl transformers"  # vLLM's own Qwen2 takes the channels of a head from the head count.
     about = (
         "`trust_remote_code` lets transformers and vLLM run `ragged.py`, which lies in this folder and builds layers "
@@ -98,3 +102,21 @@ tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})
     numprune export gguf {title} -o model.gguf     # for llama.cpp
 
 `{title}` is this folder. {about}"""
+
+
+def _how_to_load_whole(title: str, *, ragged: bool) -> str:
+    trust = ", trust_remote_code=True" if ragged else ""
+    about = (
+        " `trust_remote_code` lets transformers run the code that lies in this folder and builds layers of different "
+        "widths; where numprune is installed, `import numprune` takes its place."
+        if ragged
+        else ""
+    )
+    return f"""```python
+from transformers import AutoProcessor, {AUTO_CLASS}
+
+model = {AUTO_CLASS}.from_pretrained("{title}"{trust})
+processor = AutoProcessor.from_pretrained("{title}")
+```
+
+`{title}` is this folder. The parts around the language model are those of the dense model.{about}"""

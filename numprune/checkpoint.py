@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from numprune.architectures import check_supported, decoder_blocks
 from numprune.errors import NumpruneError
 from numprune.memory import free_memory
+from numprune.multimodal import holder_of, language_config, language_model, model_class
 from numprune.shards import INDEX, SINGLE
 from numprune.streaming import StoredTensors, store
 
@@ -77,6 +78,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads a causal language model from a folder after checking that it is whole and finite.
 
+    Of a model that holds a language model among other parts this gives the language model.
+
     Args:
         folder: With `config.json` and safetensors weights.
         dtype: Of the weights; `auto` keeps the checkpoint's.
@@ -86,12 +89,21 @@ def load_model(
         NumpruneError: If the architecture is not supported, a file is missing, truncated or a pickle, a tensor is
             missing or has the wrong shape, or a weight is NaN or infinite.
     """
-    check_supported(load_config(folder))
+    return language_model(load_whole(folder, dtype=dtype, device=device))
+
+
+def load_whole(
+    folder: Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """As `load_model`, with the parts around the language model if there are some."""
+    config = load_config(folder)
+    check_supported(language_config(config))
     weight_files(folder)
     transformers_logging.disable_progress_bar()  # Steps show progress of their own.
+    options: dict[str, Any] = {} if holder_of(config) else {"trust_remote_code": False}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        loaded: Any = model_class(config).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise NumpruneError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -109,7 +121,8 @@ def open_model(folder: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
     """Opens a causal language model whose decoder blocks are read one at a time, see `numprune.streaming`.
 
     Embeddings, last norm and head are in memory. Weights are checked to be finite when they are read. Checkpoints whose
-    tensors are not those of the modules but have to be joined, split or kept in float32 are loaded as a whole.
+    tensors are not those of the modules but have to be joined, split or kept in float32 are loaded as a whole, and so
+    are models that hold a language model among other parts.
 
     Args:
         folder: With `config.json` and safetensors weights.
@@ -119,6 +132,8 @@ def open_model(folder: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
         NumpruneError: As `load_model`.
     """
     config = load_config(folder)
+    if holder_of(config):
+        return load_model(folder, dtype=dtype)
     check_supported(config)
     where = {key: file for file in weight_files(folder) for key in _shapes(file)}
     precision = dtype if isinstance(dtype, torch.dtype) else _dtype(config) or _first_dtype(where)
@@ -202,7 +217,7 @@ def _first_dtype(where: Mapping[str, Path]) -> torch.dtype:
 def load_shapes(folder: Path) -> PreTrainedModel:
     """The model of a folder without its weights, on the meta device: shapes cost no memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(folder))
+        return AutoModelForCausalLM.from_config(language_config(load_config(folder)))
 
 
 def weight_bytes(folder: Path) -> int:

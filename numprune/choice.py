@@ -54,7 +54,7 @@ def rank_model(
     Args:
         model: The model.
         recipe: Its selection, and whether its allocation needs the rises of the model's loss.
-        measured: Of the model; its first `planning_samples` token sequences are what rises are measured on.
+        measured: Of the model; its first `planning_samples` samples are what rises are measured on.
         ratio: Share that is to go; needed for the selection `box`, which alone depends on it.
         work: Folder that remembers rankings, so that those it holds already are not made again.
         watch: Shows the progress over the blocks that are read, which are more than the model has.
@@ -68,10 +68,10 @@ def rank_model(
     place = measured.device or model.device
     probe = None
     if recipe.allocation == "loss_aware" and first < len(blocks):
-        tokens = measured.input_ids[: recipe.planning_samples]
+        samples = measured.samples[: recipe.planning_samples]
         if work:  # For hidden states.
             work.mkdir(parents=True, exist_ok=True)
-        probe = LossProbe(model, tokens, batch_size=measured.batch_size, device=place, first=first, folder=work)
+        probe = LossProbe(model, samples, batch_size=measured.batch_size, device=place, first=first, folder=work)
     starts = range(first, len(blocks), _BLOCKS_TOGETHER)
     read = sum((len(blocks) if probe else min(start + _BLOCKS_TOGETHER, len(blocks))) - start for start in starts)
     shown = watch(range(read), read, title)
@@ -175,7 +175,7 @@ def choose_units(
         recipe: How to decide.
         costs: Of one unit of every group.
         amount: How much of it must go.
-        measured: Of the dense model; between two steps its first `planning_samples` token sequences are used.
+        measured: Of the dense model; between two steps its first `planning_samples` samples are used.
         rankings: Of the dense model if they are there already.
         watch: Shows the progress of the steps.
 
@@ -195,7 +195,7 @@ class _Search:
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, costs: Costs, measured: Measured, watch: Watch) -> None:
         self._model, self._recipe, self._costs = model, recipe, costs
-        self._planning = replace(measured, input_ids=measured.input_ids[: recipe.planning_samples])
+        self._planning = replace(measured, samples=measured.samples[: recipe.planning_samples])
         self._watch = watch
         self._shapes = within_stock(recipe.shapes, model)
         self._dense = _groups(model)
@@ -253,7 +253,7 @@ class _Search:
                 captured = capture_to(
                     folder,
                     model,
-                    planning.input_ids,
+                    planning.samples,
                     batch_size=planning.batch_size,
                     device=planning.device,
                     work=work,

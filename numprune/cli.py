@@ -38,9 +38,10 @@ from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.errors import NumpruneError, reported
 from numprune.miniature import miniature
+from numprune.multimodal import language_config
 from numprune.options import BatchSize, Device, Job, Length, Model, Revision, takes_job
 from numprune.parity import check_parity, stock_shapes
-from numprune.perplexity import perplexity, window_losses
+from numprune.perplexity import perplexity, scored_tokens, window_losses
 from numprune.plan import PruningPlan, Source, make_plan, to_ranges
 from numprune.planning import choose_within
 from numprune.progress import track
@@ -91,7 +92,7 @@ def prune(
         applied = apply_plan(dense, plan, measured, recovery=recipe.recovery, damping=recipe.damping, work=work)
         for _ in track(applied, blocks, "compensate"):
             pass
-        form = save_pruned(dense, job.folder, output, plan, measured.input_ids)
+        form = save_pruned(dense, job.folder, output, plan, measured.samples)
     if not is_first():
         return
     write_card(output, form)
@@ -159,7 +160,7 @@ def measure_perplexity(
     """
     check_data(data, named=True)
     folder = fetch(model, revision)
-    check_supported(load_config(folder))
+    check_supported(language_config(load_config(folder)))
     windows, text_bytes = evaluation_windows(data, str(folder), length=length, max_tokens=max_tokens)
     place = resolve_device(device)
     loaded = load_or_open(folder, dtype=working_dtype(place), device=place)
@@ -167,12 +168,12 @@ def measure_perplexity(
     losses = torch.cat(
         list(track(window_losses(loaded, windows, batch_size=batch_size, device=place), batches, "perplexity"))
     )
-    result = perplexity(losses, windows.shape[1], text_bytes)
+    result = perplexity(losses, windows.length, text_bytes, scored=scored_tokens(loaded, windows))
     protocol = {
         "model": model,
         "data": data,
         "tokens_sha256": fingerprint(windows),
-        "stride": windows.shape[1],
+        "stride": windows.length,
         "bos_token": bos_token(data),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(place),
@@ -212,7 +213,7 @@ def check(
     """
     place = resolve_device(device)
     if random:
-        config = load_config(model, revision)
+        config = language_config(load_config(model, revision))
         check_supported(config)
         subject = miniature(config, seed).to(place)  # type: ignore[arg-type]  # torch's device is one of what it takes.
     else:
@@ -307,11 +308,11 @@ def _depends_on(job: Job) -> dict[str, Any]:
 
 def _plan(job: Job, work: Path) -> tuple[PreTrainedModel, PruningPlan, Measured]:
     """Captures, ranks and plans; returns the dense model, the plan and what it draws on."""
-    input_ids = draw_samples(job.calibration, str(job.folder), samples=job.samples, length=job.length, seed=job.seed)
+    samples = draw_samples(job.calibration, str(job.folder), samples=job.samples, length=job.length, seed=job.seed)
     dense = open_model(job.folder, dtype=working_dtype(job.place))
     groups = all_groups(dense)
-    measured = Measured(work / "statistics", input_ids, job.batch_size, job.place, work)
-    captured = capture_to(measured.statistics, dense, input_ids, batch_size=job.batch_size, device=job.place, work=work)
+    measured = Measured(work / "statistics", samples, job.batch_size, job.place, work)
+    captured = capture_to(measured.statistics, dense, samples, batch_size=job.batch_size, device=job.place, work=work)
     for _ in track(captured, len(decoder_blocks(dense)), "capture"):
         pass
     # A plan is made once: what a measured latency asks for changes from one time to the next.
@@ -321,7 +322,7 @@ def _plan(job: Job, work: Path) -> tuple[PreTrainedModel, PruningPlan, Measured]
     timed = job.budget.kind == "latency"
     stored = load_model(job.folder, device=job.place) if timed else load_shapes(job.folder)
     choice = choose_within(job.budget, dense, stored, job.settings, measured, watch=track)
-    source = Source(job.model, job.revision, model_fingerprint(job.folder), fingerprint(input_ids))
+    source = Source(job.model, job.revision, model_fingerprint(job.folder), fingerprint(samples))
     plan = make_plan(groups, choice, str(job.budget), source=source, recipe=job.settings)
     if is_first():
         plan.save(path)

@@ -62,7 +62,7 @@ def cut(
     first = _made(work, len(blocks))
     streams, saved = None, Saved(work, "streams")
     if measured and recovery in {"sequential", "refit"}:
-        streams = Streams(model, measured.input_ids, batch_size=measured.batch_size, device=place, work=work)
+        streams = Streams(model, measured.samples, batch_size=measured.batch_size, device=place, work=work)
         first = streams.resume(saved, most=first)
     compensation = _COMPENSATIONS.get(recovery, "least_squares")
     for index in range(first):

@@ -5,7 +5,7 @@ else a token is a grey level, 0 black and the last one white.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import JanusVQVAE, PreTrainedConfig, PreTrainedModel
 
 from numprune.errors import NumpruneError
+from numprune.samples import Samples, checked_inputs
 
 DECODER = "decoder"
 CAPTIONS = "captions.safetensors"
@@ -69,39 +71,36 @@ def count_conditions(config: PreTrainedConfig, folder: Path) -> int:
     return config.num_classes or len(_read_captions(folder / CAPTIONS, config)["caption_features"])
 
 
-def prompts_of_all(config: PreTrainedConfig, folder: Path, images: int) -> tuple[Tensor, dict[str, Tensor]]:
+def prompts_of_all(config: PreTrainedConfig, folder: Path, images: int) -> Samples:
     """Conditions for a number of images: all classes in turn, or all captions of the model's folder.
 
     Captions are in `captions.safetensors`: `caption_features` (captions, condition_tokens, caption_dim) and
     `attention_mask` (captions, condition_tokens), 0 where a caption is padded, on its left.
 
     Returns:
-        (images, condition_tokens) token ids, and what else the model is told, image by image.
+        (images, condition_tokens) token ids, and what else the model is given, image by image.
 
     Raises:
         NumpruneError: If captions are missing or do not fit the model.
     """
     if config.num_classes is not None:
-        return class_prompts(config, [index % config.num_classes for index in range(images)]), {}
+        return Samples(class_prompts(config, [index % config.num_classes for index in range(images)]))
     captions = _read_captions(folder / CAPTIONS, config)
     chosen = torch.arange(images) % len(captions["caption_features"])
     prompts = torch.full((images, config.condition_tokens), config.codebook_size)
-    return prompts, {name: tensor[chosen] for name, tensor in captions.items()}
+    return Samples(prompts, {name: tensor[chosen] for name, tensor in captions.items()})
 
 
 @torch.no_grad()
-def sample_images(
-    model: PreTrainedModel, prompts: Tensor, sampling: Sampling, inputs: Mapping[str, Tensor] | None = None
-) -> Iterator[Tensor]:
+def sample_images(model: PreTrainedModel, prompts: Samples, sampling: Sampling) -> Iterator[Tensor]:
     """Draws a whole image for each prompt; yields them batch by batch.
 
     With the same seed two models draw with the same random numbers, so that images of similar models are similar.
 
     Args:
         model: That writes images.
-        prompts: (images, condition_tokens) token ids.
+        prompts: Conditions of the images.
         sampling: How to draw.
-        inputs: What else the model is told, image by image.
 
     Yields:
         (batch, condition_tokens + tokens of an image) token ids.
@@ -109,13 +108,12 @@ def sample_images(
     model.eval()
     generate: Any = model.generate
     devices = [model.device] if model.device.type == "cuda" else []
-    for start in range(0, len(prompts), sampling.batch_size):
-        batch = slice(start, start + sampling.batch_size)
-        told = {name: tensor[batch].to(model.device) for name, tensor in (inputs or {}).items()}
+    for number, batch in enumerate(prompts.split(sampling.batch_size)):
+        given = batch.to(model.device)
         with torch.random.fork_rng(devices):
-            torch.manual_seed(sampling.seed + start)
+            torch.manual_seed(sampling.seed + number * sampling.batch_size)
             drawn: Tensor = generate(
-                prompts[batch].to(model.device),
+                given.input_ids,
                 do_sample=True,
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
@@ -123,12 +121,20 @@ def sample_images(
                 guidance_scale=sampling.guidance_scale if sampling.guidance_scale != 1 else None,
                 max_new_tokens=model.config.grid_size**2,
                 pad_token_id=0,
-                **told,
+                **given.inputs,
             )
         yield drawn.cpu()
 
 
-def batches(prompts: Tensor, sampling: Sampling) -> int:
+def images_drawn(sequences: Tensor, prompts: Samples) -> Samples:
+    """Images that were drawn, as samples: their sequences, and what the model was given with their conditions."""
+    inputs = dict(prompts.inputs)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"] = pad(inputs["attention_mask"], (0, sequences.shape[1] - prompts.length), value=True)
+    return Samples(sequences, inputs)
+
+
+def batches(prompts: Samples, sampling: Sampling) -> int:
     """How many batches `sample_images` yields."""
     return math.ceil(len(prompts) / sampling.batch_size)
 
@@ -170,12 +176,9 @@ def _read_captions(path: Path, config: PreTrainedConfig) -> dict[str, Tensor]:
             f"{path}: a model that is conditioned on captions needs this file with caption_features and "
             f"attention_mask ({error})."
         ) from None
-    features, mask = captions.get("caption_features"), captions.get("attention_mask")
-    shape = (config.condition_tokens, config.caption_dim)
-    if features is None or mask is None or features.shape[1:] != shape or mask.shape != features.shape[:2]:
-        found = {name: tuple(tensor.shape) for name, tensor in captions.items()}
-        raise NumpruneError(
-            f"{path} must hold caption_features (captions, {shape[0]}, {shape[1]}) and attention_mask (captions, "
-            f"{shape[0]}), got {found}"
-        )
-    return {"caption_features": features, "attention_mask": mask.long()}
+    tokens = config.condition_tokens
+    shapes: dict[str, tuple[int, ...]] = {
+        "caption_features": (tokens, config.caption_dim),
+        "attention_mask": (tokens,),
+    }
+    return checked_inputs(captions, shapes, len(captions.get("caption_features", ())), path)

@@ -57,6 +57,14 @@ class LlamaGenConfig(RaggedConfig, LlamaConfig):
         self.max_position_embeddings = self.condition_tokens + self.grid_size**2
         super().__post_init__(**kwargs)
 
+    @property
+    def sample_inputs(self) -> dict[str, tuple[int, ...]]:
+        """What the model is given of every image besides token ids, with the shape for one image."""
+        if self.caption_dim is None:
+            return {}
+        length = self.condition_tokens + self.grid_size**2
+        return {"caption_features": (self.condition_tokens, self.caption_dim), "attention_mask": (length,)}
+
 
 class GridRotaryEmbedding(nn.Module):
     """Rotary angles of a position in a grid: half of a head's pairs turn with the row, half with the column.

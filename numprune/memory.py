@@ -98,6 +98,11 @@ class HiddenStates(Sequence[Tensor]):
         return (self[index] for index in range(len(self)))
 
     @property
+    def bounds(self) -> Sequence[tuple[int, int]]:
+        """The first sample of every batch, and the first behind it."""
+        return self._bounds
+
+    @property
     def device(self) -> torch.device:
         """Where they are computed with."""
         return self._device

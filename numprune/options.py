@@ -17,6 +17,7 @@ from numprune.calibration import DEFAULT_SAMPLES, check_data
 from numprune.checkpoint import fetch, load_config, weight_files
 from numprune.device import resolve_device
 from numprune.errors import NumpruneError
+from numprune.multimodal import language_config
 from numprune.ranking import Selection
 from numprune.recipe import RECIPES, Recipe
 from numprune.recovery import Recovery
@@ -142,7 +143,7 @@ class Job:
         check_data(self.calibration)
         self.place = resolve_device(self.device)
         self.folder = fetch(self.model, self.revision)
-        check_supported(load_config(self.folder))
+        check_supported(language_config(load_config(self.folder)))
         weight_files(self.folder)
 
     def _budget(self) -> Budget:

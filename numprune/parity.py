@@ -33,6 +33,7 @@ from numprune.architectures import (
     prunable_groups,
 )
 from numprune.capture import enter
+from numprune.samples import Samples
 from numprune.saving import as_ragged
 from numprune.slicing import slice_block
 from numprune.stock import as_stock
@@ -189,14 +190,14 @@ def _same(found: Tensor, expected: Tensor) -> str:
 
 
 def _block_by_block(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    (hidden,), arguments = enter(model, (input_ids,), model.device)
-    for block, given in zip(decoder_blocks(model), arguments[len(input_ids)], strict=True):
+    (hidden,), arguments = enter(model, Samples(input_ids), len(input_ids), model.device)
+    for block, given in zip(decoder_blocks(model), arguments.of(0, len(input_ids)), strict=True):
         hidden = block(hidden, **given)
     return logits(model, decoder_output(model, hidden))
 
 
 def _stream_adds_up(model: PreTrainedModel, input_ids: Tensor) -> str:
-    (hidden,), arguments = enter(model, (input_ids,), model.device)
+    (hidden,), arguments = enter(model, Samples(input_ids), len(input_ids), model.device)
     added: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -204,7 +205,7 @@ def _stream_adds_up(model: PreTrainedModel, input_ids: Tensor) -> str:
 
     total, reached = [], []
     for block, groups, given in zip(
-        decoder_blocks(model), prunable_groups(model), arguments[len(input_ids)], strict=True
+        decoder_blocks(model), prunable_groups(model), arguments.of(0, len(input_ids)), strict=True
     ):
         added.clear()
         hooks = [block.get_submodule(group.post_norm or group.consumer).register_forward_hook(keep) for group in groups]

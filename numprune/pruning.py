@@ -16,13 +16,14 @@ from numprune.cutting import cut
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan
 from numprune.recovery import Recovery
+from numprune.samples import Samples
 from numprune.statistics import BlockStatistics, Damping, Measured
 
 
 def capture_to(
     folder: Path,
     model: PreTrainedModel,
-    input_ids: Tensor,
+    samples: Samples | Tensor,
     *,
     batch_size: int,
     device: torch.device | str | None = None,
@@ -37,7 +38,7 @@ def capture_to(
     if work and all(BlockStatistics.is_saved(folder, block) for block in blocks):
         yield from blocks
         return
-    for statistics in capture(model, input_ids, batch_size=batch_size, device=device, work=work):
+    for statistics in capture(model, samples, batch_size=batch_size, device=device, work=work):
         statistics.save(folder)
         yield statistics.block
 

@@ -256,17 +256,17 @@ class RaggedConfig(PreTrainedConfig):
 
     def validate(self) -> None:
         """Leaves out the family's own checks, which read one head count for all layers."""
-        with _alike(self):
+        with alike(self):
             PreTrainedConfig.validate(self)  # type: ignore[attr-defined]  # Added by a decorator.
 
     def validate_rope(self) -> None:
         """Reads the head count of the dense model, from which some families take the channels of a head."""
-        with _alike(self):
+        with alike(self):
             super().validate_rope()
 
 
 @contextmanager
-def _alike(config: PreTrainedConfig) -> Iterator[None]:
+def alike(config: PreTrainedConfig) -> Iterator[None]:
     """Lets code that knows one width for all layers read that of the dense model."""
     widths = config.to_dict().get("per_layer_config")
     config.per_layer_config = None
@@ -282,7 +282,7 @@ class RaggedModel(PreTrainedModel):
     layout: Layout
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        with _alike(config):  # What the stock constructors build is replaced right after.
+        with alike(config):  # What the stock constructors build is replaced right after.
             super().__init__(config, *args, **kwargs)
             decoder = self.get_decoder()
             if hasattr(decoder, "rotary_emb"):  # Some kinds ask for the head count at each forward pass.

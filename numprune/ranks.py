@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from numprune.errors import NumpruneError
+from numprune.samples import Samples
 
 
 def is_under_torchrun() -> bool:
@@ -61,7 +62,7 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def own_share(samples: Tensor) -> Tensor:
+def own_share(samples: Samples) -> Samples:
     """The samples that this rank computes.
 
     Raises:

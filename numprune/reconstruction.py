@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from numprune.architectures import after_blocks, decoder_blocks
 from numprune.capture import enter
+from numprune.samples import Samples
 from numprune.streaming import outside_to, visit
 
 
@@ -20,19 +21,19 @@ from numprune.streaming import outside_to, visit
 def hidden_state_errors(
     dense: PreTrainedModel,
     pruned: Mapping[str, PreTrainedModel],
-    input_ids: Tensor,
+    samples: Samples | Tensor,
     *,
     batch_size: int = 1,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Compares the hidden states of pruned models with the dense model's on the same tokens.
+    """Compares the hidden states of pruned models with the dense model's on the same samples.
 
     Errors add up on their way: that of a block is what all blocks up to it have left, not what it did itself.
 
     Args:
         dense: The dense model.
         pruned: Models made of it, by a name.
-        input_ids: (samples, length) token ids.
+        samples: To compare on, or their (samples, length) token ids.
         batch_size: Samples that go through a block together.
         device: Where to compute; by default where the dense model is.
 
@@ -43,29 +44,31 @@ def hidden_state_errors(
     Raises:
         NumpruneError: If the architecture is not supported.
     """
-    place = torch.device(device or dense.device)
+    samples, place = Samples.of(samples), torch.device(device or dense.device)
     models: dict[str | None, PreTrainedModel] = {None: dense} | dict(pruned.items())
     for model in models.values():
         outside_to(model, place)
     norms = {name: after_blocks(model)[0] for name, model in models.items()}
-    entered = {name: enter(model, input_ids.split(batch_size), place) for name, model in models.items()}
+    entered = {name: enter(model, samples, batch_size, place) for name, model in models.items()}
     sums = {name: torch.zeros(len(decoder_blocks(dense)) + 1, dtype=torch.float64, device=place) for name in pruned}
     # All models side by side, so that the hidden states of one block at a time are held.
     for together in zip(*(visit(decoder_blocks(model), place) for model in models.values()), strict=True):
         for (index, block), (hidden, arguments) in zip(together, entered.values(), strict=True):
-            for batch, states in enumerate(hidden):
-                hidden[batch] = arguments.through(index, block, states)
+            for batch, after in enumerate(arguments.through(index, block, hidden)):
+                hidden[batch] = after
         for name in pruned:
-            sums[name][index] = _error(entered[name][0], entered[None][0])
+            sums[name][index] = _error(entered[name][0], entered[None][0], samples, batch_size)
     for name in pruned:
-        sums[name][-1] = _error(map(norms[name], entered[name][0]), map(norms[None], entered[None][0]))
-    return {name: total.cpu() / input_ids.numel() for name, total in sums.items()}
+        found, expected = (map(norms[key], entered[key][0]) for key in (name, None))
+        sums[name][-1] = _error(found, expected, samples, batch_size)
+    return {name: total.cpu() / int(samples.present().sum()) for name, total in sums.items()}
 
 
-def _error(found: Iterable[Tensor], expected: Iterable[Tensor]) -> Tensor:
-    """The relative squared error, summed over tokens."""
+def _error(found: Iterable[Tensor], expected: Iterable[Tensor], samples: Samples, batch_size: int) -> Tensor:
+    """The relative squared error, summed over tokens that are no padding."""
     errors = []
-    for ours, wanted in zip(found, expected, strict=True):
-        exact = wanted.double()
-        errors.append(((ours.double() - exact).square().sum(dim=-1) / exact.square().sum(dim=-1)).sum())
+    for ours, wanted, batch in zip(found, expected, samples.split(batch_size), strict=True):
+        exact, present = wanted.double(), batch.present().to(wanted.device)
+        relative = (ours.double() - exact).square().sum(dim=-1) / exact.square().sum(dim=-1)
+        errors.append(relative[present].sum())
     return torch.stack(errors).sum()

@@ -41,11 +41,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune.architectures import PrunableGroup, after_blocks, channel_indices, layout_of, linear
-from numprune.capture import enter, is_out_of_memory
+from numprune.capture import enter, is_out_of_memory, token_rows
 from numprune.cholesky import damped_cholesky
 from numprune.memory import HiddenStates
 from numprune.ranks import add_up, largest, own_share
 from numprune.resume import Saved
+from numprune.samples import Samples
 from numprune.statistics import product
 
 Recovery = Literal["none", "bias", "least_squares", "sequential", "refit"]
@@ -92,8 +93,8 @@ class _Regression:
         self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.cross = torch.zeros(targets, inputs, dtype=torch.float64, device=device)
 
-    def add(self, inputs: Tensor, targets: Tensor) -> None:
-        rows, wanted = inputs.flatten(0, -2), targets.flatten(0, -2)
+    def add(self, inputs: Tensor, targets: Tensor, present: Tensor | None) -> None:
+        rows, wanted = token_rows(inputs, present), token_rows(targets, present)
         self.gram += product(rows, rows)
         self.cross += product(wanted, rows)
 
@@ -110,7 +111,7 @@ class Streams:
     def __init__(
         self,
         model: PreTrainedModel,
-        input_ids: Tensor,
+        samples: Samples | Tensor,
         *,
         batch_size: int,
         device: torch.device,
@@ -121,13 +122,13 @@ class Streams:
 
         Args:
             model: The dense model; its blocks may be replaced by pruned ones as the streams pass them.
-            input_ids: (samples, length) calibration tokens.
+            samples: Calibration samples, or their (samples, length) token ids.
             batch_size: Samples that go through a block together.
             device: Where blocks compute.
             ridge: Pull towards the weights before, relative to the mean diagonal of the normal equations.
             work: Folder for hidden states, if memory is short.
         """
-        self._dense, self._arguments = enter(model, own_share(input_ids).split(batch_size), device, work)
+        self._dense, self._arguments = enter(model, own_share(Samples.of(samples)), batch_size, device, work)
         self._pruned = self._dense.copy()
         self._ridge = ridge
         self._index = 0
@@ -218,8 +219,8 @@ class Streams:
     def refit_last_norm(self, model: PreTrainedModel) -> None:
         """Refits the weight of the norm after the last block: channel by channel the best factor, by least squares."""
         norm = after_blocks(model)[0].to(self._dense.device)
-        outputs = ((norm(dense), norm(cut)) for dense, cut in zip(self._dense, self._pruned, strict=True))
-        _refit_norm(norm, outputs, layout_of(model.config).norm_offset)
+        outputs = zip(map(norm, self._dense), map(norm, self._pruned), strict=True)
+        self._refit_norm(norm, outputs, layout_of(model.config).norm_offset)
         norm.to(model.device)
 
     def _dense_pass(self, block: nn.Module, groups: Sequence[PrunableGroup]) -> "_Dense":
@@ -230,9 +231,9 @@ class Streams:
         found = _Dense(
             [like() for _ in groups], {path: (like(), like()) for path in norms}, [like() for _ in groups], like()
         )
-        for states in self._dense:
+        for states, given in self._given(self._dense):
             with _watching(block, [*inputs, *norms, *outputs]) as seen:
-                found.after.append(block(states, **self._of(states, self._index)))
+                found.after.append(block(states, **given))
             reached = states
             for position, path in enumerate(outputs):
                 reached = reached + seen[path].output.view_as(states)
@@ -248,17 +249,17 @@ class Streams:
         """What the module of a refitted group gives; it comes before what the following one needs."""
         watched = [group.consumer]
         outputs = (
-            _run_until(pruned, following.producers[0].path, states, self._of(states, group.block), watched)[1][0]
-            for states in self._pruned
+            _run_until(pruned, following.producers[0].path, states, given, watched)[1][0]
+            for states, given in self._given(self._pruned)
         )
         shaped = (output.view_as(states) for output, states in zip(outputs, self._pruned, strict=True))
         return _Output(group, self._pruned.mapped(shaped))
 
     def _through(self, pruned: nn.Module, done: Sequence["_Output"]) -> Iterator[Tensor]:
         """The pruned stream after the block."""
-        for batch, states in enumerate(self._pruned):
+        for batch, (states, given) in enumerate(self._given(self._pruned)):
             with _giving(pruned, done, batch):
-                after = pruned(states, **self._of(states, self._index))
+                after = pruned(states, **given)
             yield after
 
     def _refit_producers(
@@ -274,10 +275,11 @@ class Streams:
         """The producers of a group share their input Z, so the cross moments Z'^T Z U_kept need no output of theirs."""
         size = linear(block, group.producers[0].path).in_features
         regression = _Regression(size, size, kept.device)
-        for batch, (states, inputs) in enumerate(zip(self._pruned, dense, strict=True)):
+        together = zip(self._given(self._pruned), dense, self._present(), strict=True)
+        for batch, ((states, given), inputs, present) in enumerate(together):
             with _giving(pruned, done, batch):
-                cut, _ = _run_until(pruned, group.producers[0].path, states, self._of(states, group.block))
-            regression.add(cut, inputs)
+                cut, _ = _run_until(pruned, group.producers[0].path, states, given)
+            regression.add(cut, inputs, present)
         factor, gamma = regression.factor(self._ridge, f"block {group.block}, input of {group.producers[0].path}")
         for producer in group.producers:
             layer = linear(pruned, producer.path)
@@ -291,11 +293,11 @@ class Streams:
             norm: Any = pruned.get_submodule(path)
             entries = channel_indices(kept, len(norm.weight) // len(kept))
             found = (
-                _run_until(pruned, group.consumer, states, self._of(states, group.block), [path])[1][0]
-                for states in self._pruned
+                _run_until(pruned, group.consumer, states, given, [path])[1][0]
+                for states, given in self._given(self._pruned)
             )
             wanted = (output[..., entries] for output in dense.norms[path][1])
-            _refit_norm(norm, zip(wanted, found, strict=True), offset=0.0)
+            self._refit_norm(norm, zip(wanted, found, strict=True), offset=0.0)
 
     def _refit_consumer(
         self,
@@ -311,24 +313,38 @@ class Streams:
         regression = _Regression(layer.in_features, layer.out_features, layer.weight.device)
         norms = [output.group.post_norm for output in done if output.group.post_norm]
         bare = [output.states for output in done if not output.group.post_norm]
-        for batch, (states, aim) in enumerate(zip(self._pruned, aims, strict=True)):
+        together = zip(self._given(self._pruned), aims, self._present(), strict=True)
+        for batch, ((states, given), aim, present) in enumerate(together):
             with _giving(pruned, done, batch):
-                inputs, joined = _run_until(pruned, group.consumer, states, self._of(states, group.block), norms)
+                inputs, joined = _run_until(pruned, group.consumer, states, given, norms)
             wanted = aim - states - sum(joined) - sum(outputs[batch] for outputs in bare)
             bias = torch.zeros((), device=states.device) if layer.bias is None else layer.bias
             if group.post_norm:
                 seen = _Seen(*(states[batch] for states in dense.norms[group.post_norm]))
                 size = (seen.input.float().square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()  # As norms have it.
                 wanted = _before_norm(pruned.get_submodule(group.post_norm), seen, size, wanted)
-                regression.add(inputs / size, wanted - bias / size)
+                regression.add(inputs / size, wanted - bias / size, present)
             else:
-                regression.add(inputs, wanted - bias)
+                regression.add(inputs, wanted - bias, present)
         factor, gamma = regression.factor(self._ridge, f"block {group.block}, {group.consumer}")
         solved = torch.cholesky_solve((regression.cross + gamma * layer.weight.double()).T, factor).T
         layer.weight.copy_(solved)
 
-    def _of(self, states: Tensor, index: int) -> dict[str, Any]:
-        return self._arguments[len(states)][index]
+    def _refit_norm(self, norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: float) -> None:
+        rows = (
+            (token_rows(wanted, present), token_rows(found, present))
+            for (wanted, found), present in zip(outputs, self._present(), strict=True)
+        )
+        _refit_norm(norm, rows, offset)
+
+    def _given(self, hidden: HiddenStates) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """The batches of a stream, each with what the block is given besides."""
+        for (start, _), states in zip(hidden.bounds, hidden, strict=True):
+            yield states, self._arguments.of(start, len(states))[self._index]
+
+    def _present(self) -> Iterator[Tensor | None]:
+        """For every batch which tokens are no padding."""
+        return (self._arguments.present(start, end - start) for start, end in self._pruned.bounds)
 
 
 def _last(group: PrunableGroup) -> str:
@@ -355,7 +371,7 @@ def _refit_norm(norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: flo
 
     Args:
         norm: Multiplies by its weight + offset and then adds its bias, if it has one; without a weight it stays.
-        outputs: Pairs of wanted outputs and those that it gives, (..., D).
+        outputs: Pairs of wanted outputs and those that it gives, (tokens, D).
         offset: Of the weight.
     """
     if norm.weight is None:
@@ -363,7 +379,7 @@ def _refit_norm(norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: flo
     bias = 0.0 if getattr(norm, "bias", None) is None else norm.bias.double()
     products, squares = torch.zeros(2, len(norm.weight), dtype=torch.float64, device=norm.weight.device)
     for pair in outputs:
-        wanted, found = (states.flatten(0, -2).double() - bias for states in pair)
+        wanted, found = (states.double() - bias for states in pair)
         products += (wanted * found).sum(dim=0)
         squares += found.square().sum(dim=0)
     _add_up(products, squares)

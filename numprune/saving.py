@@ -11,20 +11,23 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from numprune import ragged
-from numprune.architectures import head_dim, layer_widths
-from numprune.checkpoint import CALIBRATION_FILE, PLAN_FILE, load_config
+from numprune.architectures import decoder_blocks, head_dim, layer_widths
+from numprune.checkpoint import CALIBRATION_FILE, PLAN_FILE, load_config, load_whole
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
+from numprune.multimodal import around, holder_of
 from numprune.plan import PruningPlan
 from numprune.ragged import DECODERS, FAMILIES
 from numprune.ranks import is_first, meet
-from numprune.samples import save_samples
+from numprune.samples import Samples, save_samples
 from numprune.shards import write_weights
 from numprune.stock import as_stock, family
 
 # Tokenizer and generation settings stay byte for byte: saving them anew would rewrite them in the form of this version.
 _CARRIED_OVER = (
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -35,19 +38,22 @@ _CARRIED_OVER = (
 )
 
 
-def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: PruningPlan, input_ids: Tensor) -> str:
+def save_pruned(
+    model: PreTrainedModel, source: Path, output: Path, plan: PruningPlan, samples: Samples | Tensor
+) -> str:
     """Saves a sliced model so that `from_pretrained` loads it anywhere.
 
     The folder holds sharded safetensors in the source's data type, the source's tokenizer and generation settings, the
-    plan, and the calibration tokens. Where all layers have the same widths it is an ordinary checkpoint of a stock
+    plan, and the calibration samples. Where all layers have the same widths it is an ordinary checkpoint of a stock
     class. Otherwise the configuration has a `per_layer_config`, and the modelling file that reads it lies beside it.
+    What the source has around its language model is saved with it.
 
     Args:
         model: A model whose layers were sliced.
         source: Folder of the dense model.
         output: Folder to write; it appears only when complete.
         plan: What was sliced by.
-        input_ids: The calibration tokens behind the plan.
+        samples: Behind the plan, or their (samples, length) token ids.
 
     Returns:
         The class that the checkpoint loads into and why; one sentence.
@@ -57,23 +63,30 @@ def save_pruned(model: PreTrainedModel, source: Path, output: Path, plan: Prunin
     """
     form = as_stock(model)
     pruned: Any = form.model or as_ragged(model)
-    pruned.to(load_config(source).dtype)
+    config = load_config(source)
+    pruned.to(config.dtype)
+    if holder_of(config):
+        pruned = around(pruned, load_whole(source), ragged=form.model is None)
     if is_first():
-        _write(pruned, model, output, source=source, plan=plan, input_ids=input_ids)
+        _write(pruned, model, output, source=source, plan=plan, samples=samples)
     meet()
     return f"{type(pruned).__name__}: {form.reason}."
 
 
 def _write(
-    pruned: Any, model: PreTrainedModel, output: Path, *, source: Path, plan: PruningPlan, input_ids: Tensor
+    pruned: Any, model: PreTrainedModel, output: Path, *, source: Path, plan: PruningPlan, samples: Samples | Tensor
 ) -> None:
     try:
         with replace_on_success(output) as temporary:
             pruned.save_pretrained(temporary, state_dict={})  # Configuration and code.
-            state = revert_weight_conversion(pruned, pruned.state_dict())  # The names of the family's checkpoints.
-            write_weights(model, state, temporary, pruned.dtype)
+            state = pruned.state_dict()
+            if not holder_of(pruned.config):
+                state = revert_weight_conversion(pruned, state)  # The names of the family's checkpoints.
+            own = pruned.get_decoder().layers
+            path = next(name for name, module in pruned.named_modules() if module is own)
+            write_weights(decoder_blocks(model), path, state, temporary, pruned.dtype)
             plan.save(temporary / PLAN_FILE)
-            save_samples(input_ids, temporary / CALIBRATION_FILE)
+            save_samples(samples, temporary / CALIBRATION_FILE)
             for pattern in _CARRIED_OVER:
                 for file in source.glob(pattern):
                     shutil.copyfile(file, temporary / file.name)

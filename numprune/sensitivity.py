@@ -18,6 +18,7 @@ from numprune.architectures import decoder_blocks, decoder_output, logits
 from numprune.capture import enter
 from numprune.memory import HiddenStates
 from numprune.ranks import add_up, own_share
+from numprune.samples import Samples
 from numprune.streaming import outside_to, visit
 
 
@@ -32,7 +33,7 @@ class LossProbe:
     def __init__(
         self,
         model: PreTrainedModel,
-        input_ids: Tensor,
+        samples: Samples | Tensor,
         *,
         batch_size: int,
         device: torch.device,
@@ -43,7 +44,7 @@ class LossProbe:
 
         Args:
             model: The model.
-            input_ids: (samples, length) tokens to measure on.
+            samples: To measure on, or their (samples, length) token ids.
             batch_size: Samples that go through a block together.
             device: Where blocks compute.
             first: Index of the block that trials begin with.
@@ -51,8 +52,11 @@ class LossProbe:
         """
         self._model = model
         outside_to(model, device)
-        self._tokens = input_ids.numel()
-        states, self._arguments = enter(model, own_share(input_ids).split(batch_size), device, folder)
+        samples = Samples.of(samples)
+        own, vocabulary = own_share(samples), len(model.get_output_embeddings().weight)
+        self._tokens = int(samples.scored(vocabulary).sum())
+        self._scored = own.scored(vocabulary)
+        states, self._arguments = enter(model, own, batch_size, device, folder)
         self._own = states.copy()
         for index, block in visit(decoder_blocks(model), device):
             self._carry(states, index, block)
@@ -75,7 +79,7 @@ class LossProbe:
         own = layer.weight.data
         layer.weight.data = weight.to(own)
         try:
-            trial = self._own.mapped(self._arguments.through(index, block, states) for states in self._own)
+            trial = self._own.mapped(self._arguments.through(index, block, self._own))
         finally:
             layer.weight.data = own
         self._trials[name] = trial
@@ -99,17 +103,18 @@ class LossProbe:
         totals = torch.zeros(len(trials), dtype=torch.float64, device=self._final.device)
         # One sample at a time: with a large vocabulary the logits of a batch outweigh everything else.
         for sample, own in enumerate(self._final.split(1)):
-            expected = self._log_probabilities(own)
+            scored = self._scored[sample].nonzero().flatten().to(own.device)
+            expected = self._log_probabilities(own[:, scored])
             probabilities = expected.exp()
             for number, trial in enumerate(trials):
-                found = self._log_probabilities(trial[sample])
+                found = self._log_probabilities(trial[sample][:, scored])
                 totals[number] += (probabilities * (expected - found)).sum()
         add_up(totals)
         return dict(zip(names, (totals / self._tokens).tolist(), strict=True))
 
     def _carry(self, hidden: HiddenStates, index: int, block: nn.Module) -> None:
-        for batch, states in enumerate(hidden):
-            hidden[batch] = self._arguments.through(index, block, states)
+        for batch, after in enumerate(self._arguments.through(index, block, hidden)):
+            hidden[batch] = after
 
     def _log_probabilities(self, states: Tensor) -> Tensor:
         return logits(self._model, decoder_output(self._model, states)).float().log_softmax(-1)

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from numprune.architectures import decoder_blocks
 from numprune.streaming import stored
 
 INDEX = "model.safetensors.index.json"
@@ -18,11 +16,14 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 2 * 2**30
 
 
-def write_weights(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+def write_weights(
+    blocks: nn.ModuleList, path: str, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype
+) -> None:
     """Writes all weights of a model into a folder, with the file names and the index that transformers reads.
 
     Args:
-        model: Whose decoder blocks may be stored elsewhere.
+        blocks: The decoder blocks, which may be stored elsewhere.
+        path: Of the blocks inside the model.
         state: What is written, by the names that the checkpoint gives it; on the meta device what is stored elsewhere.
         folder: To write to.
         dtype: Of what is written; integers stay what they are.
@@ -36,7 +37,7 @@ def write_weights(model: PreTrainedModel, state: Mapping[str, Tensor], folder: P
         shards.append(list(shard))
         shard.clear()
 
-    for portion in _portions(model, state):
+    for portion in _portions(blocks, path, state):
         cast = {
             name: tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
             for name, tensor in portion.items()
@@ -58,16 +59,14 @@ def write_weights(model: PreTrainedModel, state: Mapping[str, Tensor], folder: P
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _portions(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _portions(blocks: nn.ModuleList, path: str, state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """What is outside the decoder blocks, then block by block."""
-    blocks = decoder_blocks(model)
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
-    outside = {name: tensor for name, tensor in state.items() if not name.startswith(f"{prefix}.")}
+    outside = {name: tensor for name, tensor in state.items() if not name.startswith(f"{path}.")}
     # Of tensors that are one, such as tied embeddings, the first name is written; loading ties them again.
     firsts = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(outside.items())}
     yield {name: outside[name] for name in reversed(firsts.values())}
     for index, block in enumerate(blocks):
-        start = f"{prefix}.{index}."
+        start = f"{path}.{index}."
         elsewhere = stored(block)
         read = {start + name: tensor for name, tensor in elsewhere.read().items()} if elsewhere else {}
         yield {name: read.get(name, tensor) for name, tensor in state.items() if name.startswith(start)}

@@ -14,6 +14,7 @@ from numprune.cholesky import shrinkage
 from numprune.files import replace_on_success
 from numprune.ranks import is_first, meet
 from numprune.resume import writing
+from numprune.samples import Samples
 
 Damping = float | Literal["auto"]
 
@@ -95,14 +96,14 @@ class Measured:
 
     Attributes:
         statistics: Folder with the statistics of the dense model's blocks.
-        input_ids: (samples, length) calibration tokens.
+        samples: For calibration; their (samples, length) token ids will do where there is nothing else.
         batch_size: Samples that go through a block together.
         device: Where blocks and equations are computed; None: where the model is.
         work: Folder that remembers how far long work came (`numprune.resume`); None: it begins anew every time.
     """
 
     statistics: Path
-    input_ids: Tensor
+    samples: Samples | Tensor
     batch_size: int = 8
     device: torch.device | None = None
     work: Path | None = None

@@ -1,4 +1,4 @@
-"""Step `calibrate`: the token sequences that everything else is measured on.
+"""Step `calibrate`: the samples that everything else is measured on.
 
 For a language model they are drawn from text. A model that writes images draws them itself, so many of each condition.
 """
@@ -8,8 +8,7 @@ import torch
 from numprune.calibration import draw_samples
 from numprune.checkpoint import load_config, load_model
 from numprune.device import resolve_device, working_dtype
-from numprune.errors import NumpruneError
-from numprune.images import batches, count_conditions, prompts_of_all, sample_images, writes_images
+from numprune.images import batches, count_conditions, images_drawn, prompts_of_all, sample_images, writes_images
 from numprune.progress import track
 from numprune.samples import save_samples
 from tasks.images.evaluation import sampling
@@ -25,10 +24,10 @@ def calibrate(model: str) -> None:
         _from_the_model(model, parameters)
         return
     settings = parameters.calibration
-    input_ids = draw_samples(
+    samples = draw_samples(
         settings.data, str(model_folder(model)), samples=settings.samples, length=settings.length, seed=settings.seed
     )
-    save_samples(input_ids, calibration_file(model))
+    save_samples(samples, calibration_file(model))
 
 
 def _from_the_model(model: str, parameters: Parameters) -> None:
@@ -36,15 +35,10 @@ def _from_the_model(model: str, parameters: Parameters) -> None:
     device = resolve_device(parameters.compute.device)
     dense = load_model(folder, dtype=working_dtype(device), device=device)
     images = settings.calibration_per_condition * count_conditions(dense.config, folder)
-    if dense.config.num_classes is None:
-        raise NumpruneError(
-            f"{folder} is conditioned on captions. It converts and generates, but what is measured on calibration "
-            "sequences knows token ids alone: captions, which are features, cannot be calibrated on yet."
-        )
-    prompts, inputs = prompts_of_all(dense.config, folder, images)
+    prompts = prompts_of_all(dense.config, folder, images)
     how = sampling(settings, seed=parameters.calibration.seed)
-    drawn = track(sample_images(dense, prompts, how, inputs), batches(prompts, how), "calibrate")
-    save_samples(torch.cat(list(drawn)), calibration_file(model))
+    drawn = track(sample_images(dense, prompts, how), batches(prompts, how), "calibrate")
+    save_samples(images_drawn(torch.cat(list(drawn)), prompts), calibration_file(model))
 
 
 if __name__ == "__main__":

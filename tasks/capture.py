@@ -16,11 +16,11 @@ def capture(model: str) -> None:
     """Writes the statistics of every block of a model."""
     compute = load_parameters().compute
     device = resolve_device(compute.device)
-    source, samples = model_folder(model), calibration_file(model)
+    source, drawn = model_folder(model), calibration_file(model)
     dense = open_model(source, dtype=working_dtype(device))
-    input_ids = load_samples(samples)
-    with unfinished(statistics_folder(model), source=source, samples=samples, compute=compute) as work:
-        blocks = capture_to(work / "result", dense, input_ids, batch_size=compute.batch_size, device=device, work=work)
+    samples = load_samples(drawn)
+    with unfinished(statistics_folder(model), source=source, samples=drawn, compute=compute) as work:
+        blocks = capture_to(work / "result", dense, samples, batch_size=compute.batch_size, device=device, work=work)
         for _ in track(blocks, len(decoder_blocks(dense)), "capture"):
             pass
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from numprune.generation_benchmark import generate
 from numprune.reconstruction import hidden_state_errors
+from numprune.samples import Samples
 from numprune.streaming import answering
 
 # Windows of the evaluation text, spread over all of it.
@@ -21,7 +22,7 @@ def compare(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
     uncompensated: PreTrainedModel,
-    windows: Tensor,
+    windows: Samples,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     device: torch.device,
@@ -32,7 +33,7 @@ def compare(
         dense: The dense model.
         pruned: The finished one.
         uncompensated: The same cut without any compensation.
-        windows: (windows, length) token ids of the evaluation text.
+        windows: Of the evaluation text.
         tokenizer: None: nothing is generated.
         device: Where to compute.
     """
@@ -40,17 +41,17 @@ def compare(
     errors = hidden_state_errors(
         dense, {"pruned": pruned, "without_compensation": uncompensated}, compared, device=device
     )
-    prompts = _spread(windows, _PROMPTS)
+    prompts = _spread(windows, _PROMPTS).input_ids
     return {
         "hidden_state_errors": {name: values.tolist() for name, values in errors.items()},
-        "protocol": {"windows": len(compared), "length": compared.shape[1]},
+        "protocol": {"windows": len(compared), "length": compared.length},
         "generations": [
             _side_by_side(dense, pruned, window, tokenizer, device) for window in prompts if tokenizer is not None
         ],
     }
 
 
-def _spread(windows: Tensor, count: int) -> Tensor:
+def _spread(windows: Samples, count: int) -> Samples:
     return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
 
 

@@ -29,7 +29,7 @@ def compensate(model: str, budget: str) -> None:
         blocks = apply_plan(pruned, plan, measured, recovery=recipe.recovery, damping=recipe.damping, work=work)
         for _ in track(blocks, len(decoder_blocks(pruned)), "compensate"):
             pass
-        save_pruned(pruned, source, output, plan, measured.input_ids)
+        save_pruned(pruned, source, output, plan, measured.samples)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune.calibration import evaluation_windows
@@ -20,11 +19,11 @@ from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.files import replace_on_success
 from numprune.images import writes_images
-from numprune.perplexity import Perplexity, perplexity, window_losses
+from numprune.perplexity import Perplexity, perplexity, scored_tokens, window_losses
 from numprune.plan import PruningPlan
 from numprune.progress import track
 from numprune.pruning import apply_plan
-from numprune.samples import fingerprint
+from numprune.samples import Samples, fingerprint
 from numprune.streaming import answering
 from numprune.texts import bos_token, describe
 from tasks.accuracy import SEEDS, Answers, answer, expand
@@ -122,22 +121,23 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
 
 
 def _measure(
-    model: PreTrainedModel, windows: Tensor, text_bytes: int | None, parameters: Parameters, title: str
+    model: PreTrainedModel, windows: Samples, text_bytes: int | None, parameters: Parameters, title: str
 ) -> Perplexity:
     batch_size = parameters.compute.batch_size
     batches = -(-len(windows) // batch_size)
     losses = window_losses(model, windows, batch_size=batch_size, device=resolve_device(parameters.compute.device))
-    return perplexity(torch.cat(list(track(losses, batches, title))), windows.shape[1], text_bytes)
+    found = torch.cat(list(track(losses, batches, title)))
+    return perplexity(found, windows.length, text_bytes, scored=scored_tokens(model, windows))
 
 
-def _windows(text: str, folder: Path, settings: Evaluation) -> tuple[Tensor, int | None]:
+def _windows(text: str, folder: Path, settings: Evaluation) -> tuple[Samples, int | None]:
     lines = (TEXTS_FOLDER / f"{text}.jsonl").read_text(encoding="utf-8").splitlines()
     documents = [json.loads(line)["text"] for line in lines]
     return evaluation_windows(text, str(folder), length=settings.length, documents=documents)
 
 
 def _of_text(
-    model: PreTrainedModel, text: str, windows: Tensor, text_bytes: int | None, parameters: Parameters
+    model: PreTrainedModel, text: str, windows: Samples, text_bytes: int | None, parameters: Parameters
 ) -> dict[str, Any]:
     measured = _measure(model, windows, text_bytes, parameters, f"evaluate {text}")
     protocol = {"data": describe(text), "bos_token": bos_token(text), "tokens_sha256": fingerprint(windows)}

@@ -38,7 +38,7 @@ def prune(model: str, budget: str) -> None:
         model=download.origin if download else model,
         revision=download.revision if download else None,
         fingerprint=model_fingerprint(folder),
-        calibration=fingerprint(measured.input_ids),
+        calibration=fingerprint(measured.samples),
     )
     groups = all_groups(dense)
     make_plan(groups, choice, budget, source=source, recipe=recipe).save(plan_file(model, budget))

@@ -19,7 +19,7 @@ def measure(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
         evaluation.data, str(folder), length=evaluation.length, max_tokens=evaluation.max_tokens
     )
     model = load_model(folder)
-    measured = perplexity(torch.cat(list(window_losses(model, windows))), windows.shape[1], text_bytes)
+    measured = perplexity(torch.cat(list(window_losses(model, windows))), windows.length, text_bytes)
     return {
         "perplexity": measured.perplexity,
         "bits_per_byte": measured.bits_per_byte,

@@ -10,10 +10,10 @@ from tasks.parameters import Compute
 
 
 def measured_dense(model: str, compute: Compute, work: Path | None = None) -> Measured:
-    """Calibration tokens and statistics of a dense model; and a folder for unfinished work on them."""
+    """Calibration samples and statistics of a dense model; and a folder for unfinished work on them."""
     return Measured(
         statistics=statistics_folder(model),
-        input_ids=load_samples(calibration_file(model)),
+        samples=load_samples(calibration_file(model)),
         batch_size=compute.batch_size,
         device=resolve_device(compute.device),
         work=work,

@@ -53,7 +53,7 @@ def measured(dense, texts, tmp_path_factory):
 
 
 def quality(model, windows):
-    return perplexity(torch.cat(list(window_losses(model, windows))), windows.shape[1]).perplexity
+    return perplexity(torch.cat(list(window_losses(model, windows))), windows.length).perplexity
 
 
 def test_it_is_really_trained(dense, windows):
@@ -88,7 +88,7 @@ def test_compensation_pays(dense, windows, measured, budget):
 
 def test_the_best_recipe_clearly_beats_the_papers(dense, windows, measured):
     """A fifth of the layers gone, 16 sequences to plan with and to refit to: less than half as many nats are lost."""
-    few, text = replace(measured, input_ids=measured.input_ids[:16]), windows[:16]
+    few, text = replace(measured, samples=measured.samples[:16]), windows[:16]
     nats = math.log(quality(dense, text))
     lost = {}
     for name in ("paper", "best"):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from numprune.images import Sampling, batches, decode, prompts_of_all, sample_images
 from numprune.progress import track
+from numprune.samples import Samples
 from tasks.images.drawing import encoded, grid
 from tasks.images.features import extractor
 from tasks.images.metrics import measure, read_reference
@@ -55,8 +56,8 @@ def measure_images(model: PreTrainedModel, dense: Path, settings: Images, title:
 
 def draw(model: PreTrainedModel, dense: Path, settings: Images, images: int, title: str) -> Tensor:
     """Pixels of so many images of all conditions in turn, (images, height, width, channels) uint8."""
-    prompts, inputs = prompts_of_all(model.config, dense, images)
-    drawn = sample_images(model, prompts, sampling(settings), inputs)
+    prompts = prompts_of_all(model.config, dense, images)
+    drawn = sample_images(model, prompts, sampling(settings))
     sequences = torch.cat(list(_tracked(drawn, prompts, settings, title)))
     return decode(sequences, model.config, dense)
 
@@ -75,5 +76,5 @@ def side_by_side(dense: PreTrainedModel, pruned: PreTrainedModel, folder: Path, 
     }
 
 
-def _tracked(drawn: Iterator[Tensor], prompts: Tensor, settings: Images, title: str) -> Iterator[Tensor]:
+def _tracked(drawn: Iterator[Tensor], prompts: Samples, settings: Images, title: str) -> Iterator[Tensor]:
     return track(drawn, batches(prompts, sampling(settings)), title)

@@ -16,15 +16,16 @@ def folder(make_checkpoint):
 
 def test_text_is_cut_into_windows_and_drawn_by_seed(folder, text_file):
     drawn = draw_samples(str(text_file), folder, samples=8, length=16, seed=3)
-    assert drawn.shape == (8, 16)
-    assert torch.equal(drawn, draw_samples(str(text_file), folder, samples=8, length=16, seed=3))
-    assert not torch.equal(drawn, draw_samples(str(text_file), folder, samples=8, length=16, seed=4))
-    windows = {tuple(row) for row in evaluation_windows(str(text_file), folder, length=16)[0].tolist()}
-    assert {tuple(row) for row in drawn.tolist()} <= windows
+    assert drawn.input_ids.shape == (8, 16)
+    again, other = (draw_samples(str(text_file), folder, samples=8, length=16, seed=seed) for seed in (3, 4))
+    assert torch.equal(drawn.input_ids, again.input_ids)
+    assert not torch.equal(drawn.input_ids, other.input_ids)
+    windows = {tuple(row) for row in evaluation_windows(str(text_file), folder, length=16)[0].input_ids.tolist()}
+    assert {tuple(row) for row in drawn.input_ids.tolist()} <= windows
 
 
 def test_length_defaults_to_the_models_maximum(folder, text_file):
-    assert draw_samples(str(text_file), folder, samples=2).shape == (2, 64)
+    assert draw_samples(str(text_file), folder, samples=2).input_ids.shape == (2, 64)
 
 
 def test_json_lines_are_joined(folder, tmp_path):
@@ -35,7 +36,7 @@ def test_json_lines_are_joined(folder, tmp_path):
     text.write_text("one two three\n\nfour five six", encoding="utf-8")
     left, size = evaluation_windows(str(lines), folder, length=2)
     right, _ = evaluation_windows(str(text), folder, length=2)
-    assert torch.equal(left, right)
+    assert torch.equal(left.input_ids, right.input_ids)
     assert 0 < size <= len(text.read_text(encoding="utf-8"))
 
 
@@ -46,7 +47,7 @@ def test_data_sets_of_the_hub_library(folder, text_file, tmp_path):
     (tmp_path / "dataset" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
     left, _ = evaluation_windows(f"{tmp_path / 'dataset'}:train", folder, length=16)
     right, _ = evaluation_windows(str(tmp_path / "dataset" / "train.jsonl"), folder, length=16)
-    assert torch.equal(left, right)
+    assert torch.equal(left.input_ids, right.input_ids)
     with pytest.raises(NumpruneError, match="cannot be loaded"):
         draw_samples(f"{tmp_path / 'dataset'}:nonsense", folder)
 
@@ -54,8 +55,9 @@ def test_data_sets_of_the_hub_library(folder, text_file, tmp_path):
 def test_saved_samples_are_data_too(folder, text_file, tmp_path):
     drawn = draw_samples(str(text_file), folder, samples=8, length=16)
     save_samples(drawn, tmp_path / "drawn.safetensors")
-    assert torch.equal(load_samples(tmp_path / "drawn.safetensors"), drawn)
-    assert torch.equal(draw_samples(str(tmp_path / "drawn.safetensors"), folder, samples=8, length=16), drawn)
+    assert torch.equal(load_samples(tmp_path / "drawn.safetensors").input_ids, drawn.input_ids)
+    again = draw_samples(str(tmp_path / "drawn.safetensors"), folder, samples=8, length=16)
+    assert torch.equal(again.input_ids, drawn.input_ids)
 
 
 def test_input_ids_need_no_tokenizer(folder, text_file, tmp_path):
@@ -63,7 +65,8 @@ def test_input_ids_need_no_tokenizer(folder, text_file, tmp_path):
     save_samples(drawn, tmp_path / "drawn.safetensors")
     for file in (tmp_path / "dense").glob("tokenizer*"):
         file.unlink()
-    assert torch.equal(draw_samples(str(tmp_path / "drawn.safetensors"), folder, samples=8, length=16), drawn)
+    again = draw_samples(str(tmp_path / "drawn.safetensors"), folder, samples=8, length=16)
+    assert torch.equal(again.input_ids, drawn.input_ids)
     with pytest.raises(NumpruneError, match="has no tokenizer"):
         draw_samples(str(text_file), folder, samples=8, length=16)
 

@@ -156,7 +156,7 @@ def test_carries_tokenizer_plan_and_configuration(saved):
     plan = PruningPlan.load(folder / "pruning_plan.json")
     layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["per_layer_config"]
     assert [layer["intermediate_size"] for layer in layers.values()] == [len(plan.kept(f"{i}.mlp")) for i in range(3)]
-    assert torch.equal(load_samples(folder / "calibration" / "input_ids.safetensors"), INPUT_IDS)
+    assert torch.equal(load_samples(folder / "calibration" / "input_ids.safetensors").input_ids, INPUT_IDS)
     assert not list(folder.glob("*.bin"))
 
 
@@ -292,4 +292,4 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(make_checkpoint, tmp_path):
 
 def test_text_calibration_uses_the_folders_tokenizer(saved, text_file):
     _, folder = saved
-    assert draw_samples(str(text_file), str(folder), samples=2, length=8).shape == (2, 8)
+    assert draw_samples(str(text_file), str(folder), samples=2, length=8).input_ids.shape == (2, 8)

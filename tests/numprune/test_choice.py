@@ -227,7 +227,7 @@ def test_the_second_step_ranks_the_recovered_model(llama, of_llama, input_ids, t
     costs, amount = to_remove(llama, Budget("ratio", 0.4))
     first = choose_units(llama, recipe, costs, amount / 2, of_llama)
     halfway = copy.deepcopy(llama)
-    planning = replace(of_llama, input_ids=input_ids[:8])
+    planning = replace(of_llama, samples=input_ids[:8])
     list(cut(halfway, first.kept, planning, recovery=recovery, damping="auto"))
     left = amount - sum((g.units - len(first.kept[g.name])) * g.unit_parameters for g in groups_of(llama))
     of_halfway = measure(halfway, input_ids[:8], tmp_path / "halfway")

@@ -21,6 +21,7 @@ from numprune.images import (
     writes_images,
 )
 from numprune.llamagen import LlamaGenConfig
+from numprune.samples import Samples
 from tests.numprune.conftest import CONFIGS, random_model
 from tests.numprune.test_llamagen import SMALL
 
@@ -29,8 +30,8 @@ CAPTIONS = LlamaGenConfig(**SMALL, num_classes=None, caption_dim=20, condition_t
 
 
 def drawn(config: LlamaGenConfig, sampling: Sampling, images: int, folder: Path = Path(), seed: int = 0) -> Tensor:
-    prompts, inputs = prompts_of_all(config, folder, images)
-    parts = list(sample_images(random_model(config, seed), prompts, sampling, inputs))
+    prompts = prompts_of_all(config, folder, images)
+    parts = list(sample_images(random_model(config, seed), prompts, sampling))
     assert len(parts) == batches(prompts, sampling)
     return torch.cat(parts)
 
@@ -54,7 +55,7 @@ def test_the_seed_decides_and_the_callers_random_numbers_stay() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     torch.manual_seed(5)
-    model, prompts = random_model(CLASSES), class_prompts(CLASSES, [1])
+    model, prompts = random_model(CLASSES), Samples(class_prompts(CLASSES, [1]))
     torch.manual_seed(5)
     list(sample_images(model, prompts, Sampling()))
     assert torch.equal(torch.rand(1), expected)
@@ -64,10 +65,10 @@ def test_the_seed_decides_and_the_callers_random_numbers_stay() -> None:
 def test_tokens_are_drawn_from_the_models_probabilities() -> None:
     """The first token of many images of one class, with temperature, by its frequency."""
     model = random_model(CLASSES)
-    prompts = class_prompts(CLASSES, [3] * 4000)
+    prompts = Samples(class_prompts(CLASSES, [3] * 4000))
     sampling = Sampling(temperature=2.0, batch_size=4000)
     tokens = torch.cat(list(sample_images(model, prompts, sampling)))[:, 1]
-    expected = (model(prompts[:1]).logits[0, -1] / 2).softmax(-1)
+    expected = (model(prompts.input_ids[:1]).logits[0, -1] / 2).softmax(-1)
     found = torch.bincount(tokens, minlength=CLASSES.codebook_size) / 4000
     assert (found - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
     few = torch.cat(list(sample_images(model, prompts[:500], replace(sampling, top_k=2))))[:, 1]
@@ -89,13 +90,13 @@ def test_captions_come_from_the_models_folder(tmp_path: Path) -> None:
     captions = {"caption_features": features, "attention_mask": torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])}
     save_file(captions, tmp_path / "captions.safetensors")
     assert count_conditions(CAPTIONS, tmp_path) == 2
-    prompts, inputs = prompts_of_all(CAPTIONS, tmp_path, 3)
-    assert torch.equal(inputs["caption_features"], features[[0, 1, 0]])
+    prompts = prompts_of_all(CAPTIONS, tmp_path, 3)
+    assert torch.equal(prompts.inputs["caption_features"], features[[0, 1, 0]])
     sequences = drawn(CAPTIONS, Sampling(guidance_scale=2.0, batch_size=2), 3, tmp_path)
     assert sequences.shape == (3, 5 + 16)
-    assert torch.equal(sequences[:, :5], prompts)
+    assert torch.equal(sequences[:, :5], prompts.input_ids)
     save_file(captions | {"caption_features": torch.randn(2, 5, 19)}, tmp_path / "captions.safetensors")
-    with pytest.raises(NumpruneError, match=r"must hold caption_features \(captions, 5, 20\)"):
+    with pytest.raises(NumpruneError, match=r"caption_features must have the shape \(2, 5, 20\), got \(2, 5, 19\)"):
         prompts_of_all(CAPTIONS, tmp_path, 3)
 
 

@@ -59,7 +59,7 @@ def test_first_blocks_equations_are_solved(model, plan, input_ids, gone):
     if gone:
         kept[gone] = torch.tensor([], dtype=torch.long)
     streams = Streams(model, input_ids, batch_size=len(input_ids), device=torch.device("cpu"))
-    (states,), arguments = streams._dense, streams._arguments[len(input_ids)][0]
+    (states,), arguments = streams._dense, streams._arguments.of(0, len(input_ids))[0]
     pruned = copy.deepcopy(block)
     slice_block(pruned, groups, kept)
     start = copy.deepcopy(pruned)
@@ -91,7 +91,7 @@ def test_behind_a_consumer_a_norm_is_made_linear(name):
     kept = {group.name: torch.arange(1 + group.units // 2) for group in groups}
     input_ids = torch.randint(64, (12, 24), generator=torch.Generator().manual_seed(1))
     streams = Streams(model, input_ids, batch_size=len(input_ids), device=torch.device("cpu"))
-    (states,), arguments = streams._dense, streams._arguments[len(input_ids)][0]
+    (states,), arguments = streams._dense, streams._arguments.of(0, len(input_ids))[0]
     pruned = copy.deepcopy(block)
     slice_block(pruned, groups, kept)
     expected = copy.deepcopy(pruned)
@@ -125,7 +125,7 @@ def test_norms_over_all_heads_make_up_for_heads_that_are_gone():
             linear(block, producer.path).weight[attention.rows(producer, torch.tensor([0]))] *= 10
     input_ids = torch.randint(64, (12, 24), generator=torch.Generator().manual_seed(1))
     streams = Streams(model, input_ids, batch_size=4, device=torch.device("cpu"))
-    states, arguments = next(iter(streams._dense)), streams._arguments[4][0]
+    states, arguments = next(iter(streams._dense)), streams._arguments.of(0, 4)[0]
     pruned = copy.deepcopy(block)
     slice_block(pruned, groups, kept)
     columns = attention.columns(kept[attention.name])

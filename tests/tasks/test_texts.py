@@ -33,7 +33,7 @@ def test_texts_are_fetched_and_evaluated_on_with_their_protocol() -> None:
     for name, found in measured["texts"].items():
         windows, _ = evaluation_windows(name, "models/tiny", length=LENGTH)
         assert found["tokens_sha256"] == fingerprint(windows)
-        assert (found["windows"], found["length"]) == tuple(windows.shape)
+        assert (found["windows"], found["length"]) == tuple(windows.input_ids.shape)
         # A random model of 257 tokens knows nothing.
         assert 200 < found["perplexity"] < 320
         assert "split " + {"wikitext2": "test", "ptb": "validation"}[name] in found["data"]
