@@ -101,6 +101,8 @@ class _Export:
     def __init__(self, folder: Path, kind: Type) -> None:
         shapes = load_shapes(folder)
         self._folder, self._config = folder, load_config(folder)
+        # Rotary embeddings may ask for the head count; widths are read off the tensors.
+        self._config.allow_global_per_layer_attribute_access = True
         self._layout = LAYOUTS[family(self._config)]
         self._files = {name: file for file in weight_files(folder) for name in _names(file)}
         self._head_dim = head_dim(shapes)
@@ -186,7 +188,8 @@ class _Export:
             writer.add_sliding_window(window)
             window = None
         # Within its window a sliding attention is a full one, which is all that other architectures have.
-        writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+        limits = (config.max_position_embeddings, window, self._rope.length)
+        writer.add_context_length(min(limit for limit in limits if limit))
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(len(self._written))
         queries, keys, channels = (list(counts) for counts in zip(*self._written, strict=True))

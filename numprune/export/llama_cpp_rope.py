@@ -24,6 +24,8 @@ class Rope:
         factors: (head_dim / 2,) what llama.cpp divides the frequencies by; None if by nothing.
         linear: What positions are divided by, where the architecture reads that and no factors.
         partial: Whether the file says how many channels are turned.
+        scale: What turned channels are multiplied by.
+        length: Of the longest text, in tokens, for which frequencies are these; None if they are for all.
     """
 
     base: float
@@ -33,6 +35,8 @@ class Rope:
     factors: Tensor | None
     linear: float
     partial: bool
+    scale: float = 1.0
+    length: int | None = None
 
     @classmethod
     def of(cls, config: Any, channels: int, target: Target) -> "Rope":
@@ -42,9 +46,8 @@ class Rope:
         in_windows = by_layer.get("sliding_attention", settings)
         kind, base = settings["rope_type"], settings["rope_theta"]
         turned = int(channels * settings.get("partial_rotary_factor", 1.0))
-        refused = [] if kind in {"default", "linear", "llama3"} else [f"of type {kind}"]
-        if kind == "llama3" and not target.rope_factors:
-            refused.append("of type llama3")
+        known = {"default", "linear"} | ({"llama3", "longrope"} if target.rope_factors else set())
+        refused = [] if kind in known else [f"of type {kind}"]
         if turned != channels and not (target.rope_factors or target.partial_rotary):
             refused.append("of a part of the channels")
         own_base = target.arch == MODEL_ARCH.GEMMA3
@@ -57,13 +60,15 @@ class Rope:
                 f"Rotary embeddings {' and '.join(refused)} are not exported for llama.cpp's architecture "
                 f"{target.name}."
             )
-        factors, linear = None, 1.0
+        factors, scale, linear = None, 1.0, 1.0
         if target.rope_factors and (kind != "default" or turned != channels):
-            factors = _rope_factors(config, kind, base, channels=channels, turned=turned)
+            factors, scale = _rope_factors(config, kind, base, channels=channels, turned=turned)
         elif kind == "linear":
             linear = settings["factor"]
         window_base = in_windows["rope_theta"] if own_base else None
-        return cls(base, window_base, channels, turned, factors, linear, target.partial_rotary)
+        # Longer texts have other frequencies, for all of their tokens.
+        length = settings["original_max_position_embeddings"] if kind == "longrope" else None
+        return cls(base, window_base, channels, turned, factors, linear, target.partial_rotary, scale, length)
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Writes the settings; factors are a tensor."""
@@ -79,17 +84,21 @@ class Rope:
         """Rows of queries or keys, so that those which are turned together stand next to each other."""
         heads = tensor.unflatten(0, (-1, self.head_dim))
         turned, rest = heads[:, : self.turned], heads[:, self.turned :]
+        if self.scale != 1:
+            turned, rest = turned.float() * self.scale, rest.float()
         pairs = turned.unflatten(1, (2, self.turned // 2)).transpose(1, 2).flatten(1, 2)
         return torch.cat([pairs, rest], dim=1).flatten(0, 1)
 
 
-def _rope_factors(config: Any, kind: str, base: float, *, channels: int, turned: int) -> Tensor:
+def _rope_factors(config: Any, kind: str, base: float, *, channels: int, turned: int) -> tuple[Tensor, float]:
     exponents = torch.arange(0, channels, 2, dtype=torch.float64) / channels
+    scale = 1.0
     if kind == "default":
         frequencies = base ** -(torch.arange(0, turned, 2, dtype=torch.float64) / turned)
     else:
-        frequencies = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0].double()
+        found, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        frequencies = found.double()
     # Channels that are not turned have a frequency of next to nothing.
     factors = torch.full_like(exponents, 1e30)
     factors[: len(frequencies)] = base ** -exponents[: len(frequencies)] / frequencies
-    return factors.float()
+    return factors.float(), scale

@@ -33,11 +33,19 @@ from tests.numprune.conftest import LLAMA3_ROPE
 
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.4],
+    "long_factor": [8.0] * 8,
+}
 GEMMA3_ROPE = {
     "full_attention": LINEAR_ROPE | {"rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
 _FULL = SIZES | {"hidden_size": 256}  # As wide as all heads.
+_LONG = _FULL | {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 32}
 _MANY = {"num_key_value_heads": 8}
 # What members of the families have beyond what `FAMILIES` has; the architecture, the shape and the configuration.
 FEATURES = {
@@ -49,6 +57,8 @@ FEATURES = {
     "all-heads": ("qwen2", "channels", Qwen2Config(**_FULL)),
     "partial": ("llama", "uniform", Phi3Config(**_FULL, rope_parameters=PARTIAL_ROPE)),
     "partial-deci": ("deci", "ragged", Phi3Config(**_FULL, rope_parameters=PARTIAL_ROPE)),
+    "long": ("llama", "uniform", Phi3Config(**_LONG)),
+    "long-deci": ("deci", "ragged", Phi3Config(**_LONG)),
     "scale": ("gemma2", "uniform", Gemma2Config(**SIZES | {"num_hidden_layers": 46}, query_pre_attn_scalar=8)),
     "scale-of-norm": (
         "gemma3",
