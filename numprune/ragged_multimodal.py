@@ -15,13 +15,14 @@ from transformers import (
     JanusForConditionalGeneration,
     PreTrainedConfig,
 )
-from transformers.configuration_utils import SubConfigSpec
 
 # Relative, because transformers ships files that are imported in this way along with this one.
 from .ragged import DECODERS, FAMILIES, alike
 
 _LANGUAGE_CONFIG = FAMILIES["llama"][0]
 _LANGUAGE_MODEL = DECODERS["llama"]
+# Where a configuration says of which classes its parts are; its older name in transformers, which vLLM still has.
+_SUB_CONFIGS = "sub_configs_defaults" if hasattr(PreTrainedConfig, "sub_configs_defaults") else "sub_configs"
 # Janus asks for its language model by the configuration's class.
 AutoModel.register(_LANGUAGE_CONFIG, _LANGUAGE_MODEL, exist_ok=True)
 
@@ -30,10 +31,7 @@ class RaggedJanusConfig(JanusConfig):
     """Configuration of a Janus whose language model has layers of different widths."""
 
     model_type = "ragged_janus"
-    sub_configs_defaults = {  # noqa: RUF012 - As transformers declares it.
-        **JanusConfig.sub_configs_defaults,
-        "text_config": SubConfigSpec(config_class=_LANGUAGE_CONFIG),
-    }
+    vars()[_SUB_CONFIGS] = getattr(JanusConfig, _SUB_CONFIGS) | {"text_config": _LANGUAGE_CONFIG}
 
 
 class RaggedJanusForConditionalGeneration(JanusForConditionalGeneration):
@@ -49,10 +47,7 @@ class RaggedEmu3Config(Emu3Config):
     model_type = "ragged_emu3"
     # Emu3 itself takes configurations of its own kind alone.
     text_config: dict[str, Any] | PreTrainedConfig | None = None  # type: ignore[assignment]
-    sub_configs_defaults = {  # noqa: RUF012 - As transformers declares it.
-        **Emu3Config.sub_configs_defaults,
-        "text_config": SubConfigSpec(config_class=_LANGUAGE_CONFIG),
-    }
+    vars()[_SUB_CONFIGS] = getattr(Emu3Config, _SUB_CONFIGS) | {"text_config": _LANGUAGE_CONFIG}
 
 
 class RaggedEmu3ForConditionalGeneration(Emu3ForConditionalGeneration):
