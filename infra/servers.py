@@ -232,16 +232,34 @@ class _Setup:
     ) -> Server:
         if port is not None:
             check_port(port, name)
-        server = start(
-            name,
-            command,
-            log=self.folder / f"{name}.log",
-            environment={**_inherited(), **_QUIET, **environment},
-            folder=root or self.folder,
-            children_first=children_first,
-        )
-        stack.callback(server.end)
+        with _undivided():
+            server = start(
+                name,
+                command,
+                log=self.folder / f"{name}.log",
+                environment={**_inherited(), **_QUIET, **environment},
+                folder=root or self.folder,
+                children_first=children_first,
+            )
+            stack.callback(server.end)
         return server
+
+
+@contextmanager
+def _undivided() -> Iterator[None]:
+    """Lets a signal wait until it is written down what was started, and so has to be ended."""
+    came: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _inherited() -> dict[str, str]:

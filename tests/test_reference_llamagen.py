@@ -8,6 +8,7 @@ import torch
 from numprune.checkpoint import load_model
 from numprune.images import Sampling, class_prompts, decode, sample_images
 from numprune.perplexity import perplexity, window_losses
+from numprune.samples import Samples
 from tasks.images.digits import load_digits, sequences, split
 from tasks.images.features import extractor
 from tasks.parameters import load_parameters
@@ -34,7 +35,8 @@ def test_held_out_digits_surprise_it_hardly_more_than_those_it_was_trained_on() 
 def test_a_classifier_recognises_what_it_writes(guidance: float) -> None:
     model = load_model(FOLDER, dtype=torch.float32)
     wanted = [number % 10 for number in range(200)]
-    drawn = sample_images(model, class_prompts(model.config, wanted), Sampling(guidance, batch_size=200))
+    prompts = Samples(class_prompts(model.config, wanted))
+    drawn = sample_images(model, prompts, Sampling(guidance, batch_size=200))
     images = decode(torch.cat(list(drawn)), model.config, FOLDER)
     found = extractor("digits", ROOT / "evaluation/digits/classifier.safetensors")(images).probabilities.argmax(1)
     right = (found == torch.tensor(wanted)).double().mean()

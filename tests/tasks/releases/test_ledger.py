@@ -244,7 +244,7 @@ def test_hash_says_what_shapes_results(tmp_path: Path) -> None:
 
     original = changed("", "")
     assert changed("# What is null is as in the preset.", "# Another comment.") == original
-    assert changed("workers: 1", "workers: 2") == original
+    assert changed("workers: null", "workers: 2") == original
     assert changed("lease_seconds: 60", "lease_seconds: 61") == original
     assert changed("max_perplexity_ratio: 1.1", "max_perplexity_ratio: 1.2") == original
     assert changed("budgets: [0.2, 0.5]", "budgets: [0.2]") != original
