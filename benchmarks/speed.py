@@ -125,7 +125,8 @@ class Ceilings:
             left = torch.randn(size, size, device=device, dtype=dtype)
             of_type[dtype] = 2 * size**3 / _seconds(partial(torch.mm, left, left), device)
         block = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-        memory = 2 * block.nbytes / _seconds(block.clone, device)
+        # Into memory that is there: on a CPU new pages take longer than the copy.
+        memory = 2 * block.nbytes / _seconds(partial(torch.zeros_like(block).copy_, block), device)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "block"
             file.write_bytes(bytes(2**27))
