@@ -6,15 +6,11 @@ The tests go through the life of one checkout, in the order in which they stand 
 import contextlib
 import hashlib
 import json
-import os
 import re
-import signal
 import sqlite3
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
@@ -45,15 +41,6 @@ def locked_results(root: Path) -> dict[str, str]:
     stages = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     results = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
     return {path: md5 for path, md5 in results.items() if not any(part in path for part in TIMED)}
-
-
-def running_in(root: Path) -> list[str]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if Path(process.cwd()) == root:
-                found.append(" ".join(process.cmdline()))
-    return found
 
 
 def test_dvc_alone_reproduces_every_file(checkout: Checkout, prefect_server: Server) -> None:
@@ -191,35 +178,6 @@ def test_mistake_found_by_a_stage_is_one_message(checkout: Checkout) -> None:
     last_error = run.output[run.output.rindex("\nerror: ") :]
     assert f"calibrate@{MODEL}" in last_error
     assert "short.txt" in last_error
-
-
-@pytest.mark.parametrize("runner", ["threads", "dask"])
-def test_interrupt_ends_the_stage_and_leaves_nothing_half_written(
-    checkout: Checkout, prefect_server: Server, runner: str
-) -> None:
-    def edit(content: dict) -> None:
-        content["calibration"] |= {"data": "data/corpus/calibration.jsonl", "seed": 2}
-        content["orchestration"]["runner"] = runner
-
-    checkout.edit_parameters(edit)
-    flow = checkout.start(sys.executable, "-m", "flows.compress", **prefect_server.environment)
-    output = ""
-    try:
-        assert flow.stdout is not None
-        for line in flow.stdout:
-            output += line
-            if "'corpus' - Finished" in line:
-                time.sleep(3)  # By now the calibration has begun.
-                os.killpg(flow.pid, signal.SIGINT)  # As a terminal does, workers of Dask included.
-        assert flow.wait(30) == 130, output
-    finally:
-        flow.kill()
-    assert "\nStopped." in output
-    assert "Traceback" not in output
-    assert list(checkout.root.rglob(".*.partial")) == []
-    assert running_in(checkout.root) == []
-    # DVC's lock is free again: it answers at once. What comes after the stage that was stopped has not run.
-    assert f"capture@{MODEL}" in checkout.run("dvc", "status").stdout
 
 
 def test_mistakes_in_the_parameters_are_told_before_anything_starts(checkout: Checkout) -> None:
