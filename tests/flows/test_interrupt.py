@@ -40,14 +40,15 @@ def test_interrupt_ends_the_stage_and_leaves_nothing_half_written(
         for line in flow.stdout:
             output += line
             if "'corpus' - Finished" in line:
-                time.sleep(3)  # By now the calibration has begun.
+                while not any("tasks.calibrate" in command for command in running_in(checkout.root)):
+                    time.sleep(0.05)
                 os.killpg(flow.pid, signal.SIGINT)  # As a terminal does, workers of Dask included.
-        assert flow.wait(60) == 130, output
+        assert flow.wait(30) == 130, output
     finally:
         flow.kill()
     assert "\nStopped." in output
     assert "Traceback" not in output
     assert list(checkout.root.rglob(".*.partial")) == []
     assert running_in(checkout.root) == []
-    # DVC's lock is free again: it answers at once. What comes after the stage that was stopped has not run.
-    assert f"evaluate@{MODEL}-0.2" in checkout.run("dvc", "status").stdout
+    # DVC's lock is free again: it answers at once.
+    assert f"calibrate@{MODEL}" in checkout.run("dvc", "status").stdout
