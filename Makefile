@@ -39,7 +39,7 @@ demo-images: setup ## The same for images: a small LlamaGen at 10, 15, 20 and 50
 	@$(BIN)/python -m flows.demo_images
 
 repro: setup ## The same files with DVC alone: no Prefect, no MLflow.
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/dvc repro
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tasks.forkserver dvc repro
 
 test: setup ## Format, lint, types, unit tests, then the pipeline tests.
 	@$(BIN)/ruff format --check .

@@ -52,7 +52,7 @@ def compare(
     if unknown := [name for name in names if name not in VARIANTS]:
         raise NumpruneError(f"--recipes names {unknown}; known are: {'; '.join(VARIANTS)}.")
     if not calibration.is_file():
-        raise NumpruneError(f"{calibration} not found: run `python -m tasks.calibrate {model.name}` first.")
+        raise NumpruneError(f"{calibration} not found: run `python -m tasks calibrate {model.name}` first.")
     settings = load_parameters().images
     output.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, settings.data, 10**9, batch_size, device)

@@ -1,4 +1,4 @@
-"""What orchestration adds: the same work as plain function calls, under `dvc repro`, and under Prefect with MLflow.
+"""What orchestration adds: the same work as plain function calls, by DVC, and by the flow with Prefect and MLflow.
 
 python -m benchmarks.overhead --help
 """
@@ -22,7 +22,7 @@ from tasks.parameters import PARAMETERS_FILE, load_parameters
 from tasks.step import run_step
 from tasks.workspace import write_parameters
 
-PLAIN, DVC, PREFECT = "plain function calls", "dvc repro", "python -m flows.compress"
+PLAIN, DVC, FORKED, PREFECT = "plain function calls", "dvc repro", "make repro", "python -m flows.compress"
 
 # Sections of params.yaml, and what is otherwise in them.
 JOBS: Mapping[str, Mapping[str, Any]] = {
@@ -70,7 +70,7 @@ def overhead(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of everything; medians are shown.")] = 3,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("report/overhead"),
 ) -> None:
-    """Runs the last commit in fresh clones of this repository, the three ways in turn, and each of them once more."""
+    """Runs the last commit in fresh clones of this repository, the four ways in turn, and each of them once more."""
     if job not in JOBS:
         raise NumpruneError(f"--job must be one of {', '.join(JOBS)}, got {job!r}.")
     runs: list[dict[str, float]] = []
@@ -86,12 +86,13 @@ def overhead(
 
 
 def _measure(folder: Path, changes: Mapping[str, Any]) -> dict[str, float]:
-    plain, dvc = (_clone(folder / name, {**changes, **_IN_TURN}) for name in ("plain", "dvc"))
+    plain, dvc, forked = (_clone(folder / name, {**changes, **_IN_TURN}) for name in ("plain", "dvc", "forked"))
     prefect = _clone(folder / "prefect", changes)
     python = sys.executable
     return {
         PLAIN: _seconds(plain, [python, "-c", _PLAIN], json.dumps(_commands(plain))),
         DVC: _seconds(dvc, [python, "-m", "dvc", "repro"]),
+        FORKED: _seconds(forked, [python, "-m", "tasks.forkserver", "dvc", "repro"]),
         PREFECT: _seconds(prefect, [python, "-m", "flows.compress"]),
         f"{DVC}, unchanged": _seconds(dvc, [python, "-m", "dvc", "repro"]),
         f"{PREFECT}, unchanged": _seconds(prefect, [python, "-m", "flows.compress"]),
@@ -103,7 +104,7 @@ def _table(runs: list[dict[str, float]]) -> str:
     medians = {name: median(run[name] for run in runs) for name in runs[0]}
     lines = [f"| median of {len(runs)} | seconds | added | ratio |", "|---|---:|---:|---:|"]
     for name, seconds in medians.items():
-        compared = name in {DVC, PREFECT}
+        compared = name in {DVC, FORKED, PREFECT}
         added = f"{seconds - medians[PLAIN]:+.1f}" if compared else ""
         ratio = f"{seconds / medians[PLAIN]:.2f}" if compared else ""
         lines.append(f"| {name} | {seconds:.1f} | {added} | {ratio} |")
@@ -124,7 +125,8 @@ def _commands(root: Path) -> list[list[str]]:
 
     with Repo(str(root)) as repo:
         commands = {stage.addressing: str(stage.cmd) for stage in repo.index.stages}
-    return [commands[name].split()[2:] for name in stage_graph(root)]
+    steps = (commands[name].split()[3:] for name in stage_graph(root))
+    return [[f"tasks.{step}", *arguments] for step, *arguments in steps]
 
 
 def _seconds(root: Path, command: list[str], text: str = "") -> float:

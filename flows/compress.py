@@ -15,7 +15,7 @@ from flows.environment import prepare_environment
 prepare_environment()
 
 from flows.command import exit_code  # noqa: E402
-from flows.stages import Ending, is_unchanged, stage_graph  # noqa: E402
+from flows.stages import Ending, is_unchanged, stage_environment, stage_graph  # noqa: E402
 from flows.table import Report, print_table  # noqa: E402
 from tasks.parameters import Parameters, load_parameters  # noqa: E402
 from tasks.publish import find_publication  # noqa: E402
@@ -49,9 +49,11 @@ def main() -> int:
             print_table(report.rows, report.sentence, {"version": report.versions})
             return None
         from flows.checks import check_inputs
-        from flows.pipeline import compress
 
         check_inputs(parameters)
+        stage_environment(Path.cwd())  # The fork server imports while Prefect starts.
+        from flows.pipeline import compress
+
         return compress(return_state=True)
 
     return exit_code(run)

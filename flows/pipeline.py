@@ -29,7 +29,16 @@ from flows import subprocess_group  # noqa: E402
 from flows.checks import check_inputs  # noqa: E402
 from flows.fanout import stage_runner  # noqa: E402
 from flows.progress import StageProgress  # noqa: E402
-from flows.stages import Ending, Outcome, Progress, is_unchanged, run_stage, side_by_side, stage_graph  # noqa: E402
+from flows.stages import (  # noqa: E402
+    Ending,
+    Outcome,
+    Progress,
+    is_unchanged,
+    run_stage,
+    side_by_side,
+    stage_environment,
+    stage_graph,
+)
 from flows.table import Column, Report, print_table  # noqa: E402
 from numprune.errors import NumpruneError  # noqa: E402
 from tasks.parameters import Parameters, load_parameters  # noqa: E402
@@ -52,12 +61,21 @@ def _is_worth_another_try(_task: Any, _run: Any, state: State[Any]) -> bool:
     retry_condition_fn=_is_worth_another_try,
     retry_delay_seconds=2,
 )
-def reproduce(stage: str, root: Path, owner: str, timeout_hours: float, accelerator_limit: str | None) -> State[None]:
+def reproduce(
+    *,
+    stage: str,
+    root: Path,
+    environment: Mapping[str, str],
+    owner: str,
+    timeout_hours: float,
+    accelerator_limit: str | None,
+) -> State[None]:
     """Brings one stage up to date; its state is named after how it ended, and says where it ran.
 
     Args:
         stage: Its name, as in `evaluate@reference-llama-0.2`.
         root: The folder of `dvc.yaml`.
+        environment: Variables of its process, see `flows.stages.stage_environment`.
         owner: Of its process, see `flows.subprocess_group`.
         timeout_hours: After which it is stopped.
         accelerator_limit: Name of the Prefect concurrency limit of which a stage that runs a model takes one slot.
@@ -78,7 +96,10 @@ def reproduce(stage: str, root: Path, owner: str, timeout_hours: float, accelera
 
     try:
         with _accelerator(stage, accelerator_limit):
-            return _state(stage, run_stage(root, stage, owner=owner, timeout_hours=timeout_hours, on_line=take))
+            outcome = run_stage(
+                root, stage, environment=environment, owner=owner, timeout_hours=timeout_hours, on_line=take
+            )
+            return _state(stage, outcome)
     except subprocess_group.StoppedError:
         return Cancelled(message="Stopped.")
     except ConcurrencySlotAcquisitionError as error:
@@ -185,6 +206,7 @@ def _run_stages(parameters: Parameters, accelerator_limit: str | None) -> list[S
                 arguments = {
                     "stage": stage,
                     "root": root,
+                    "environment": stage_environment(root),
                     "timeout_hours": options.timeout_hours,
                     "accelerator_limit": accelerator_limit,
                 }

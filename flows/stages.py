@@ -1,5 +1,8 @@
 """The stages of `dvc.yaml`: their order, whether they are up to date, and how one of them is run."""
 
+import atexit
+import contextlib
+import functools
 import re
 import sys
 import threading
@@ -11,6 +14,7 @@ from pathlib import Path
 
 from flows import subprocess_group
 from numprune.errors import USER_MISTAKE
+from tasks.forkserver import fork_server
 
 # Of the last lines of a step that was given something wrong; see numprune.errors.reported.
 _ERROR_PREFIX = "error: "
@@ -135,12 +139,33 @@ def is_unchanged(root: Path, *stages: str) -> bool:
         return not any(stage.changed() for stage in found)
 
 
-def run_stage(root: Path, stage: str, *, owner: str, timeout_hours: float, on_line: Callable[[str], None]) -> Outcome:
+@functools.cache
+def stage_environment(root: Path) -> Mapping[str, str]:
+    """Variables by which stages find a fork server, which is there from the first call to the end of this process.
+
+    Args:
+        root: The folder of `dvc.yaml`.
+    """
+    lifetime = contextlib.ExitStack()
+    atexit.register(lifetime.close)
+    return lifetime.enter_context(fork_server(root))
+
+
+def run_stage(
+    root: Path,
+    stage: str,
+    *,
+    environment: Mapping[str, str],
+    owner: str,
+    timeout_hours: float,
+    on_line: Callable[[str], None],
+) -> Outcome:
     """Runs one stage and nothing it depends on: `dvc repro --single-item`.
 
     Args:
         root: The folder of `dvc.yaml`.
         stage: Its name, as in `evaluate@reference-llama-0.2`.
+        environment: Of `stage_environment`.
         owner: Of the process, see `flows.subprocess_group`.
         timeout_hours: After which it is stopped.
         on_line: Called with each line that the stage itself prints, its error message excepted.
@@ -149,10 +174,15 @@ def run_stage(root: Path, stage: str, *, owner: str, timeout_hours: float, on_li
         StoppedError: If the owner is being stopped.
     """
     output = _Output(on_line)
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    command = [sys.executable, "-m", "tasks.forked", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
     try:
         code = subprocess_group.run(
-            command, folder=root, owner=owner, timeout=3600 * timeout_hours, on_line=output.take
+            command,
+            folder=root,
+            environment=environment,
+            owner=owner,
+            timeout=3600 * timeout_hours,
+            on_line=output.take,
         )
     except TimeoutError:
         message = f"stopped after {timeout_hours:g} hours; raise orchestration.timeout_hours if it needs longer."

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 # An interrupted step removes its temporary files; one that hangs is not waited for.
@@ -21,12 +21,21 @@ class StoppedError(Exception):
     """The command was stopped, or not started, because the flow is being stopped."""
 
 
-def run(command: Sequence[str], *, folder: Path, owner: str, timeout: float, on_line: Callable[[str], None]) -> int:
+def run(
+    command: Sequence[str],
+    *,
+    folder: Path,
+    environment: Mapping[str, str],
+    owner: str,
+    timeout: float,
+    on_line: Callable[[str], None],
+) -> int:
     """Runs a command and hands over each line that it or its children print.
 
     Args:
         command: Program and arguments.
         folder: To run it in.
+        environment: Variables it has beside those of this process.
         owner: Whose command it is; see `stop`.
         timeout: Seconds after which the whole group is stopped.
         on_line: Called with each line of stdout and stderr, without its end.
@@ -50,7 +59,7 @@ def run(command: Sequence[str], *, folder: Path, owner: str, timeout: float, on_
             text=True,
             encoding="utf-8",
             errors="replace",
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         _owners[process] = owner

@@ -1,4 +1,4 @@
-"""How every step runs from the command line, as `python -m tasks.<step> MODEL [RATIO]`."""
+"""How every step runs from the command line, as `python -m tasks STEP MODEL [BUDGET]`."""
 
 import sys
 from collections.abc import Callable

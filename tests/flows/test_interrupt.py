@@ -40,7 +40,7 @@ def test_interrupt_ends_the_stage_and_leaves_nothing_half_written(
         for line in flow.stdout:
             output += line
             if "'corpus' - Finished" in line:
-                while not any("tasks.calibrate" in command for command in running_in(checkout.root)):
+                while not any("tasks calibrate" in command for command in running_in(checkout.root)):
                     time.sleep(0.05)
                 os.killpg(flow.pid, signal.SIGINT)  # As a terminal does, workers of Dask included.
         assert flow.wait(30) == 130, output

@@ -16,17 +16,21 @@ from tests.flows.conftest import ROOT
 PLUMBING = {"errors", "files", "memory", "progress", "resume"}
 
 RUNNING = """Running stage 'score@small':
-> python -m tasks.score small
+> python -m tasks score small
 """
-FAILED = "ERROR: failed to reproduce 'score@small': failed to run: python -m tasks.score small, exited with {}\n"
+FAILED = "ERROR: failed to reproduce 'score@small': failed to run: python -m tasks score small, exited with {}\n"
+
+
+def run_shown(stage: str, shown: list[str], root: Path = ROOT) -> stages.Outcome:
+    return run_stage(root, stage, environment={}, owner="test", timeout_hours=1, on_line=shown.append)
 
 
 def run_printed(monkeypatch: pytest.MonkeyPatch, text: str, code: int) -> tuple[stages.Outcome, list[str]]:
     """Runs a stage whose DVC prints `text`."""
 
-    def run(command: list[str], *, folder: Path, owner: str, timeout: float, on_line) -> int:
+    def run(command: list[str], *, folder: Path, environment, owner: str, timeout: float, on_line) -> int:
         assert command[-1] == "score@small"
-        assert (folder, owner) == (ROOT, "test")
+        assert (folder, environment, owner) == (ROOT, {}, "test")
         assert timeout == 3600
         for line in text.splitlines():
             on_line(line)
@@ -34,7 +38,7 @@ def run_printed(monkeypatch: pytest.MonkeyPatch, text: str, code: int) -> tuple[
 
     monkeypatch.setattr(subprocess_group, "run", run)
     shown: list[str] = []
-    return run_stage(ROOT, "score@small", owner="test", timeout_hours=1, on_line=shown.append), shown
+    return run_shown("score@small", shown), shown
 
 
 def test_only_the_lines_of_the_stage_itself_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,16 +104,14 @@ def test_stages_come_after_what_they_need() -> None:
 def test_stages_are_asked_for_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a worker of Dask does."""
     shutil.copytree(ROOT / ".dvc", tmp_path / "checkout/.dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    shutil.copytree(ROOT / "tasks", tmp_path / "checkout/tasks")
     (tmp_path / "checkout/dvc.yaml").write_text("stages: {own: {cmd: echo > made, deps: [read], outs: [made]}}\n")
     (tmp_path / "checkout/read").touch()
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "checkout"
     (root / ".dvc/config.local").write_text("[core]\n    no_scm = true\n")
     assert not is_unchanged(root, "own")
-    lines: list[str] = []
-    assert run_stage(root, "own", owner="test", timeout_hours=1, on_line=lines.append) == stages.Outcome(
-        Ending.COMPLETED
-    )
+    assert run_shown("own", [], root) == stages.Outcome(Ending.COMPLETED)
     assert is_unchanged(root, "own")
 
 
@@ -122,7 +124,7 @@ def declared_stages() -> dict[str, dict]:
 def test_stages_depend_on_the_code_they_import(name: str) -> None:
     """A change of a step or of a library module it uses must not go unnoticed."""
     stage = declared_stages()[name]
-    step = Path(stage["cmd"].split()[2].replace(".", "/") + ".py")
+    step = Path("tasks", stage["cmd"].split()[3] + ".py")
     tree = ast.parse((ROOT / step).read_text(encoding="utf-8"))
     imported = {
         node.module.removeprefix("numprune.")

@@ -12,7 +12,7 @@ from flows import subprocess_group
 
 
 def run(command: list[str], *, owner: str = "test", timeout: float, on_line: Callable[[str], None]) -> int:
-    return subprocess_group.run(command, folder=Path(), owner=owner, timeout=timeout, on_line=on_line)
+    return subprocess_group.run(command, folder=Path(), environment={}, owner=owner, timeout=timeout, on_line=on_line)
 
 
 def python(program: str, *arguments: str) -> list[str]:

@@ -179,7 +179,7 @@ def lock() -> None:
         }
     locked = {
         name: {
-            "cmd": f"python -m tasks.{name}",
+            "cmd": f"python -m tasks {name}",
             **{kind: [entry(path) for path in paths] for kind, paths in io.items()},
         }
         for name, io in stages.items()

@@ -171,7 +171,7 @@ def lock() -> None:
         "schema": "2.0",
         "stages": {
             name: {
-                "cmd": f"python -m tasks.{name.partition('@')[0]}",
+                "cmd": f"python -m tasks {name.partition('@')[0]}",
                 "deps": [_entry(path) for path in dependencies],
                 "params": {"params.yaml": parameters},
                 "outs": [_entry(path) for path in outputs],
