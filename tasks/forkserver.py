@@ -71,7 +71,8 @@ def fork_server(folder: Path, imported: Sequence[str] = IMPORTED) -> Iterator[di
     if sys.platform != "linux":
         yield {}
         return
-    place = Path(tempfile.mkdtemp(prefix="numprune-"))  # Nobody else can enter it.
+    # A short path, as sockets want it, in a folder that nobody else can enter.
+    place = Path(tempfile.mkdtemp(prefix="numprune-", dir="/tmp"))
     path = place / "socket"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
