@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -22,7 +22,13 @@ from tasks.parameters import PARAMETERS_FILE, load_parameters
 from tasks.step import run_step
 from tasks.workspace import write_parameters
 
-PLAIN, DVC, FORKED, PREFECT = "plain function calls", "dvc repro", "make repro", "python -m flows.compress"
+PLAIN, FLOW = "plain function calls", "python -m flows.compress"
+# How each way is called, behind the interpreter.
+WAYS: Mapping[str, Sequence[str]] = {
+    "dvc repro": ["-m", "dvc", "repro"],
+    "make repro": ["-m", "tasks.forkserver", "dvc", "repro"],
+    FLOW: ["-m", "flows.compress"],
+}
 
 # Sections of params.yaml, and what is otherwise in them.
 JOBS: Mapping[str, Mapping[str, Any]] = {
@@ -68,15 +74,17 @@ def overhead(
         str, typer.Option(help="small, params for params.yaml as it is, or long for five budgets.")
     ] = "small",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of everything; medians are shown.")] = 3,
+    flow_alone: Annotated[bool, typer.Option("--flow-alone", help="Leave the two ways without Prefect out.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("report/overhead"),
 ) -> None:
-    """Runs the last commit in fresh clones of this repository, the four ways in turn, and each of them once more."""
+    """Runs the last commit in fresh clones of this repository, every way in turn, and then again."""
     if job not in JOBS:
         raise NumpruneError(f"--job must be one of {', '.join(JOBS)}, got {job!r}.")
+    ways = {name: command for name, command in WAYS.items() if name == FLOW or not flow_alone}
     runs: list[dict[str, float]] = []
     for number in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            runs.append(_measure(Path(folder), JOBS[job]))
+            runs.append(_measure(Path(folder), JOBS[job], ways))
         print(f"run {number + 1}/{repeats}: {json.dumps(runs[-1])}", file=sys.stderr, flush=True)
     table = _table(runs)
     output.mkdir(parents=True, exist_ok=True)
@@ -85,26 +93,26 @@ def overhead(
     print(table)
 
 
-def _measure(folder: Path, changes: Mapping[str, Any]) -> dict[str, float]:
-    plain, dvc, forked = (_clone(folder / name, {**changes, **_IN_TURN}) for name in ("plain", "dvc", "forked"))
-    prefect = _clone(folder / "prefect", changes)
+def _measure(folder: Path, changes: Mapping[str, Any], ways: Mapping[str, Sequence[str]]) -> dict[str, float]:
     python = sys.executable
-    return {
-        PLAIN: _seconds(plain, [python, "-c", _PLAIN], json.dumps(_commands(plain))),
-        DVC: _seconds(dvc, [python, "-m", "dvc", "repro"]),
-        FORKED: _seconds(forked, [python, "-m", "tasks.forkserver", "dvc", "repro"]),
-        PREFECT: _seconds(prefect, [python, "-m", "flows.compress"]),
-        f"{DVC}, unchanged": _seconds(dvc, [python, "-m", "dvc", "repro"]),
-        f"{PREFECT}, unchanged": _seconds(prefect, [python, "-m", "flows.compress"]),
-        "the same in a process that is there": float(_run(prefect, [python, "-c", _IN_PROCESS]).splitlines()[-1]),
+    plain = _clone(folder / "plain", {**changes, **_IN_TURN})
+    seconds = {PLAIN: _seconds(plain, [python, "-c", _PLAIN], json.dumps(_commands(plain)))}
+    clones = {
+        name: _clone(folder / name.replace(" ", "-"), changes if name == FLOW else {**changes, **_IN_TURN})
+        for name in ways
     }
+    for suffix in "", ", unchanged":
+        for name, command in ways.items():
+            seconds[name + suffix] = _seconds(clones[name], [python, *command])
+    last = _run(clones[FLOW], [python, "-c", _IN_PROCESS]).splitlines()[-1]
+    return seconds | {"the same in a process that is there": float(last)}
 
 
 def _table(runs: list[dict[str, float]]) -> str:
     medians = {name: median(run[name] for run in runs) for name in runs[0]}
     lines = [f"| median of {len(runs)} | seconds | added | ratio |", "|---|---:|---:|---:|"]
     for name, seconds in medians.items():
-        compared = name in {DVC, FORKED, PREFECT}
+        compared = name in WAYS
         added = f"{seconds - medians[PLAIN]:+.1f}" if compared else ""
         ratio = f"{seconds / medians[PLAIN]:.2f}" if compared else ""
         lines.append(f"| {name} | {seconds:.1f} | {added} | {ratio} |")
