@@ -9,7 +9,6 @@ import typer
 
 from numprune.errors import reported
 from numprune.ranks import is_under_torchrun, joined
-from tasks.parameters import load_parameters
 
 
 def run_step(step: Callable[..., Any], *, shared: bool = False, beside_others: bool = False) -> None:
@@ -26,10 +25,14 @@ def run_step(step: Callable[..., Any], *, shared: bool = False, beside_others: b
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(step)
     with reported():
-        if shared and not is_under_torchrun() and (processes := load_parameters().compute.processes) > 1:
-            _start(processes)
-        if beside_others:
-            torch.set_num_threads(max(1, torch.get_num_threads() // load_parameters().workers))
+        if shared or beside_others:
+            from tasks.parameters import load_parameters  # Needs pydantic, which benchmarks do without.
+
+            parameters = load_parameters()
+            if shared and not is_under_torchrun() and parameters.compute.processes > 1:
+                _start(parameters.compute.processes)
+            if beside_others:
+                torch.set_num_threads(max(1, torch.get_num_threads() // parameters.workers))
         with joined():
             app()
 
