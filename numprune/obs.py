@@ -56,7 +56,8 @@ def removal_order(
         alive = alive[stays]
         columns, rows = _inputs(gone, channels), _inputs(stays, channels)
         across = inverse[:, columns]
-        solved = torch.linalg.solve(across[columns], torch.cat([across[rows].T, rest[columns]], dim=1))
+        # Not `solve`, which waits to see whether the matrix is singular: it is definite, as G was damped until it was.
+        solved = torch.linalg.solve_ex(across[columns], torch.cat([across[rows].T, rest[columns]], dim=1)).result
         taken, weights = solved.split([len(rows), rest.shape[1]], dim=1)
         # In place: beside the inverse and what stays of it there is no third matrix of its size.
         inverse = inverse.index_select(0, rows).index_select(1, rows).addmm_(across[rows], taken, alpha=-1)
@@ -75,7 +76,7 @@ def _costs(inverse: Tensor, rest: Tensor, channels: int) -> Tensor:
     units = len(rest) // channels
     blocks = inverse.view(units, channels, units, channels).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     weights = rest.view(units, channels, -1)
-    return (torch.linalg.solve(blocks, weights) * weights).sum(dim=(1, 2))
+    return (torch.linalg.solve_ex(blocks, weights).result * weights).sum(dim=(1, 2))
 
 
 def loss_curve(
