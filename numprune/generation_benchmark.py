@@ -144,6 +144,7 @@ class _Clock(StoppingCriteria):
     """Notes the time after every token without making a GPU wait: there by events that it passes itself."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             torch.cuda.synchronize(device)
@@ -165,7 +166,7 @@ class _Clock(StoppingCriteria):
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 

@@ -28,8 +28,12 @@ def joined() -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        own, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= gpus:
+            raise NumpruneError(f"{own + 1} processes or more, but {gpus} GPUs: start one process a GPU.")
+        torch.cuda.set_device(own)
+    # Tensors of a GPU by NCCL; those of a CPU, decisions and meetings by gloo, which the GPU does not wait for.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
         _part()
