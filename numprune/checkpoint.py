@@ -30,7 +30,7 @@ from numprune.errors import NumpruneError
 from numprune.memory import free_memory
 from numprune.multimodal import holder_of, language_config, language_model, model_class
 from numprune.shards import INDEX, SINGLE
-from numprune.streaming import StoredTensors, store
+from numprune.streaming import StoredTensors, is_finite, store
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
@@ -111,7 +111,7 @@ def load_whole(
     if report["missing_keys"]:
         raise NumpruneError(f"{folder}: the weights lack {', '.join(sorted(report['missing_keys'])[:5])}.")
     for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise NumpruneError(f"{folder}: {name} holds NaN or infinite values: the checkpoint is damaged.")
     on_device: PreTrainedModel = model.to(device)
     return on_device.eval()

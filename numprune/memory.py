@@ -43,8 +43,17 @@ def _field(path: Path, name: str) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free where a device computes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps of tensors that are gone is given to the next ones.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return available_memory()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory does not suffice."""
+    # Allocators of main memory and the libraries that compute on a GPU have no type of their own for it.
+    messages = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
 
 
 def place_for(size: int, device: torch.device) -> Place:
@@ -141,7 +150,8 @@ class HiddenStates(Sequence[Tensor]):
         for index in range(len(self)):
             batch = torch.empty_like(self[index], device="cpu")
             file.readinto(batch.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]  # Of a binary file.
-            self[index] = batch
+            # By way of the device, behind what was asked of it before: that may still be on its way to the same memory.
+            self[index] = batch.to(self._device)
 
     def _room(self, batch: Tensor) -> Tensor:
         shape = (self._samples, *batch.shape[1:])

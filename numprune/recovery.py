@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune.architectures import PrunableGroup, after_blocks, channel_indices, layout_of, linear
-from numprune.capture import enter, is_out_of_memory, token_rows
+from numprune.capture import enter, token_rows
 from numprune.cholesky import damped_cholesky
-from numprune.memory import HiddenStates
+from numprune.memory import HiddenStates, is_out_of_memory
 from numprune.ranks import add_up, largest, own_share
 from numprune.resume import Saved
 from numprune.samples import Samples

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from numprune.architectures import decoder_blocks
 from numprune.errors import NumpruneError
+from numprune.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,11 @@ class StoredTensors:
     def __deepcopy__(self, _memo: dict[int, Any]) -> "StoredTensors":
         return self
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self, *, pinned: bool = False) -> dict[str, Tensor]:
         """Reads the tensors into memory of their own; what is read for the first time is checked.
+
+        Args:
+            pinned: Into memory that a GPU copies from by itself; the check is then left to `check`, on the GPU.
 
         Raises:
             NumpruneError: If a file is missing, truncated or damaged, or a value is NaN or infinite.
@@ -50,15 +54,34 @@ class StoredTensors:
                     for name, (where, key) in self.files.items():
                         if where == path:
                             # Copied: pages of a mapped file would be read, and counted, where they are computed with.
-                            tensors[name] = file.get_tensor(key).to(self.dtype, copy=True)
+                            tensors[name] = _copied(file.get_tensor(key), self.dtype, pinned=pinned)
             except (OSError, SafetensorError) as error:
                 raise NumpruneError(f"{path} is missing, truncated or damaged ({error}): fetch it again.") from None
+        if not pinned:
+            self.check(tensors)
+        return tensors
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Looks at what was read for the first time.
+
+        Raises:
+            NumpruneError: If a value is NaN or infinite.
+        """
         for name in tensors.keys() - self._checked:
-            if not torch.isfinite(tensors[name]).all():
+            if not is_finite(tensors[name]):
                 path, key = self.files[name]
                 raise NumpruneError(f"{path}: {key} holds NaN or infinite values: the checkpoint is damaged.")
             self._checked.add(name)
-        return tensors
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    return torch.empty(tensor.shape, dtype=dtype, pin_memory=pinned).copy_(tensor)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, in one pass and without a tensor of the same size."""
+    # NaN is both the least and the most.
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def stored(block: nn.Module) -> StoredTensors | None:
@@ -97,17 +120,23 @@ def visit(blocks: Iterable[nn.Module], device: torch.device, *, first: int = 0) 
         NumpruneError: If a stored block cannot be read or is damaged.
     """
     blocks = list(blocks)
-    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    copies = torch.cuda.Stream(device) if device.type == "cuda" and is_streamed(blocks) else None
     with ThreadPoolExecutor(1, "read-block") as reader:
 
         def begin(index: int) -> "Future[_Fetched] | None":
             tensors = stored(blocks[index]) if index < len(blocks) else None
-            return reader.submit(_fetch, tensors, device, copies) if tensors else None
+            copy = _Copy(copies, torch.cuda.current_stream(device).record_event()) if copies else None
+            return reader.submit(_fetch, tensors, device, copy) if tensors else None
 
         ahead = begin(first)
         for index in range(first, len(blocks)):
             block, fetched, ahead = blocks[index], ahead, None
-            tensors = fetched.result() if fetched else None
+            tensors = _unless_full(fetched) if fetched else None
+            if fetched and not tensors:
+                # Beside the block before and a batch in it there was no room. Both are gone now.
+                fetched = None
+                fetched = begin(index)
+                tensors = fetched.result() if fetched else None
             ahead = begin(index + 1)
             with _present(block, tensors, device):
                 fetched = tensors = None  # From here on, only the block holds on to them.
@@ -147,6 +176,20 @@ def answering(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
             hook.remove()
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """How a block comes to a GPU.
+
+    Attributes:
+        stream: Of the copies; what is computed meanwhile is on another one.
+        room: What the GPU must have come to before. Until then it may compute with the block before the last, whose
+            memory is not free, however far the program is ahead.
+    """
+
+    stream: "torch.cuda.Stream"
+    room: "torch.cuda.Event"
+
+
 @dataclass
 class _Fetched:
     """Tensors on the device, and the event after which they are complete there."""
@@ -173,13 +216,25 @@ def _present(block: nn.Module, fetched: _Fetched | None, device: torch.device) -
         _release(block)
 
 
-def _fetch(tensors: StoredTensors, device: torch.device, copies: "torch.cuda.Stream | None") -> _Fetched:
-    found = tensors.read()
-    if copies is None:
-        return _Fetched({name: tensor.to(device) for name, tensor in found.items()})
-    with torch.cuda.stream(copies):
-        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in found.items()}
-        return _Fetched(moved, copies.record_event())
+def _fetch(tensors: StoredTensors, device: torch.device, copy: _Copy | None) -> _Fetched:
+    if copy is None:
+        return _Fetched({name: tensor.to(device) for name, tensor in tensors.read().items()})
+    with torch.cuda.stream(copy.stream):  # Its device becomes this thread's, which begins with the first one.
+        found = tensors.read(pinned=True)
+        copy.room.synchronize()
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in found.items()}
+        tensors.check(moved)
+        return _Fetched(moved, copy.stream.record_event())
+
+
+def _unless_full(fetched: "Future[_Fetched]") -> _Fetched | None:
+    """What was fetched, or None if memory did not suffice."""
+    try:
+        return fetched.result()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 def _adopt(block: nn.Module, fetched: _Fetched, device: torch.device) -> None:
