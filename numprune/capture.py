@@ -5,7 +5,7 @@ the moments of one block at a time are handed out. A block visits the compute de
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from numprune.architectures import decoder_blocks, linear, prunable_groups
+from numprune.architectures import PrunableGroup, decoder_blocks, linear, prunable_groups
 from numprune.errors import NumpruneError
-from numprune.memory import HiddenStates
+from numprune.memory import HiddenStates, is_out_of_memory
 from numprune.ranks import add_up, own_share
 from numprune.resume import Saved
 from numprune.samples import Samples
@@ -34,6 +34,7 @@ def capture(
     batch_size: int = 8,
     device: torch.device | str | None = None,
     work: Path | None = None,
+    settle: Callable[[], object] = lambda: None,
 ) -> Iterator[BlockStatistics]:
     """Runs calibration samples through a model and yields each block's statistics as soon as it is through.
 
@@ -44,6 +45,8 @@ def capture(
         device: Where blocks compute; by default where the model is.
         work: Folder that remembers how far this came. Where it already holds something, blocks that were handed out
             before are passed over.
+        settle: Called before that is written: what was made of the statistics that were handed out has to be kept by
+            then.
 
     Yields:
         Statistics of blocks 0, 1, 2, ...
@@ -59,28 +62,33 @@ def capture(
     hidden, arguments = enter(model, own_share(Samples.of(samples)), batch_size, device, work)
     saved = Saved(work, "capture")
     for index, block in visit(blocks, device, first=saved.load([hidden])):
-        saved.save(index, [hidden])
-        moments = {group.name: _Accumulator(linear(block, group.consumer)) for group in groups[index]}
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        with _observing(moments.values()):
+        saved.save(index, [hidden], before=settle)
+        yield _through(index, block, groups[index], hidden, arguments)
 
-            def through(
-                states: Tensor, start: int, block: nn.Module = block, index: int = index, moments: Any = moments
-            ) -> Tensor:
-                for accumulator in moments.values():
-                    accumulator.present = arguments.present(start, len(states))
-                after: Tensor = block(states, **arguments.of(start, len(states))[index])
-                for accumulator in moments.values():
-                    accumulator.add()
-                return after
 
-            for batch, ((start, _), states) in enumerate(zip(hidden.bounds, hidden, strict=True)):
-                after = arguments.fitting(states, start, through)
-                finite &= torch.isfinite(after).all()
-                hidden[batch] = after
-        if not finite:
-            raise NumpruneError(f"Activations are NaN or infinite after decoder block {index}: check the weights.")
-        yield BlockStatistics(index, {name: accumulator.moments() for name, accumulator in moments.items()})
+def _through(
+    index: int, block: nn.Module, groups: Sequence[PrunableGroup], hidden: HiddenStates, arguments: "Arguments"
+) -> BlockStatistics:
+    """Carries hidden states through a block, in place, and measures what enters its consumers."""
+    moments = {group.name: _Accumulator(linear(block, group.consumer)) for group in groups}
+    finite = torch.ones((), dtype=torch.bool, device=hidden.device)
+
+    def compute(states: Tensor, start: int) -> Tensor:
+        for accumulator in moments.values():
+            accumulator.present = arguments.present(start, len(states))
+        after: Tensor = block(states, **arguments.of(start, len(states))[index])
+        for accumulator in moments.values():
+            accumulator.add()
+        return after
+
+    with _observing(moments.values()):
+        for batch, ((start, _), states) in enumerate(zip(hidden.bounds, hidden, strict=True)):
+            after = arguments.fitting(states, start, compute)
+            finite &= torch.isfinite(after).all()
+            hidden[batch] = after
+    if not finite:
+        raise NumpruneError(f"Activations are NaN or infinite after decoder block {index}: check the weights.")
+    return BlockStatistics(index, {name: accumulator.moments() for name, accumulator in moments.items()})
 
 
 def enter(
@@ -182,11 +190,6 @@ def token_rows(states: Tensor, present: Tensor | None) -> Tensor:
     return rows if present is None else rows[present.flatten()]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch says that memory does not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 class _Recorder(nn.Module):
     hidden: Tensor
     arguments: dict[str, Any]
@@ -249,7 +252,7 @@ class _Accumulator:
         self.count += count
 
     def moments(self) -> Moments:
-        count = torch.tensor(self.count, device=self.sum.device)
+        count = torch.tensor(self.count)
         add_up(self.gram, self.sum, count)
         return Moments(self.gram.to(self.precision), (self.sum / count).to(self.precision), int(count.item()))
 

@@ -73,7 +73,10 @@ def cut(
         if streams:
             streams.save(saved)
         stays = {group.name: kept[group.name].to(place) for group in groups[index]}
-        moments = measured.block(index).moments if measured and compensation != "none" else None
+        moments = None
+        if measured and compensation != "none":
+            # To the device as they are: what is made of them, in float64, is twice as large and is made there.
+            moments = {name: found.to(place) for name, found in measured.block(index).moments.items()}
         while True:
             pruned = _copy(dense)
             slice_block(pruned, groups[index], stays, compensation=compensation, moments=moments, damping=damping)

@@ -4,6 +4,7 @@ capture_to(folder)  ->  choose_units  ->  make_plan  ->  apply_plan  ->  checkpo
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from numprune.capture import capture
 from numprune.cutting import cut
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan
+from numprune.ranks import is_first, meet
 from numprune.recovery import Recovery
 from numprune.samples import Samples
 from numprune.statistics import BlockStatistics, Damping, Measured
@@ -31,16 +33,32 @@ def capture_to(
 ) -> Iterator[int]:
     """Writes each block's statistics into a folder; yields the block's index when its file is there.
 
-    With a work folder, files that are there are not made again.
+    A thread writes while the next block is computed. With a work folder, files that are there are not made again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     blocks = range(len(decoder_blocks(model)))
     if work and all(BlockStatistics.is_saved(folder, block) for block in blocks):
         yield from blocks
         return
-    for statistics in capture(model, samples, batch_size=batch_size, device=device, work=work):
-        statistics.save(folder)
-        yield statistics.block
+    begun: Future[None] | None = None
+    index: int | None = None
+
+    def settle() -> None:
+        if begun:
+            begun.result()
+        meet()  # Of several ranks, which have the same statistics, the first one writes.
+
+    with ThreadPoolExecutor(1, "write-statistics") as writer:
+        for statistics in capture(model, samples, batch_size=batch_size, device=device, work=work, settle=settle):
+            if index is not None:
+                settle()
+                yield index
+            index = statistics.block
+            begun = writer.submit(statistics.in_main_memory().save, folder) if is_first() else None
+            del statistics
+        if index is not None:
+            settle()
+            yield index
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,14 @@ class Saved:
         self._first = block + 1
         return block
 
-    def save(self, block: int, states: Sequence[HiddenStates]) -> None:
-        """Saves the hidden states before a block, unless that was done too short a time ago."""
+    def save(self, block: int, states: Sequence[HiddenStates], *, before: Callable[[], object] = lambda: None) -> None:
+        """Saves the hidden states before a block, unless that was done too short a time ago.
+
+        `before` is called first: a run goes on at that block, so what comes of those before has to be there.
+        """
         if self._folder is None or block < self._first or not agreed(time.monotonic() >= self._due):
             return
+        before()
         start = time.monotonic()
         with writing(self._folder), replace_on_success(self._path(block)) as temporary, temporary.open("wb") as file:
             for of_stream in states:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from numprune.cholesky import shrinkage
 from numprune.files import replace_on_success
-from numprune.ranks import is_first, meet
 from numprune.resume import writing
 from numprune.samples import Samples
 
@@ -49,17 +48,30 @@ class BlockStatistics:
     block: int
     moments: dict[str, Moments]
 
+    def in_main_memory(self) -> "BlockStatistics":
+        """The same in main memory."""
+        # From a GPU this is to pinned memory, which takes a fraction of the time. It has to be waited for.
+        moments = {
+            name: Moments(of.gram.to("cpu", non_blocking=True), of.mean.to("cpu", non_blocking=True), of.count)
+            for name, of in self.moments.items()
+        }
+        for device in {of.gram.device for of in self.moments.values() if of.gram.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return BlockStatistics(self.block, moments)
+
     def save(self, folder: Path) -> None:
-        """Writes the block's file into a folder; of several ranks, which have the same, the first one does."""
+        """Writes the block's file into a folder.
+
+        Raises:
+            NumpruneError: If it cannot be written.
+        """
         tensors: dict[str, Tensor] = {}
-        for name, moments in self.moments.items():
-            tensors |= {f"{name}.gram": moments.gram.cpu(), f"{name}.mean": moments.mean.cpu()}
+        for name, moments in self.in_main_memory().moments.items():
+            tensors |= {f"{name}.gram": moments.gram, f"{name}.mean": moments.mean}
         # One entry: safetensors writes several in random order, and the same statistics shall be the same bytes.
         counts = json.dumps({name: moments.count for name, moments in self.moments.items()})
-        if is_first():
-            with writing(folder), replace_on_success(_path(folder, self.block)) as temporary:
-                save_file(tensors, temporary, {"counts": counts})
-        meet()
+        with writing(folder), replace_on_success(_path(folder, self.block)) as temporary:
+            save_file(tensors, temporary, {"counts": counts})
 
     @staticmethod
     def is_saved(folder: Path, block: int) -> bool:

@@ -1,8 +1,10 @@
+import collections
 import ctypes
 import multiprocessing
 import re
 import resource
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from numprune.perplexity import window_losses
 from numprune.pruning import capture_to
 from numprune.reconstruction import hidden_state_errors
 from numprune.statistics import Measured
-from numprune.streaming import answering, is_streamed, visit
+from numprune.streaming import StoredTensors, answering, is_streamed, visit
 from tests.numprune.conftest import CONFIGS, SIZES, random_model
 
 CPU = torch.device("cpu")
@@ -129,6 +131,30 @@ def test_a_batch_that_does_not_fit_is_halved(llama, input_ids, caplog):
             torch.testing.assert_close(moments.gram, theirs.moments[name].gram, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("room_after", [1, 2])
+def test_a_block_without_room_beside_the_one_before_is_read_after_it(monkeypatch, make_checkpoint, room_after):
+    folder = make_checkpoint()
+    read, tries = StoredTensors.read, collections.Counter()
+
+    def full(tensors):
+        tries[id(tensors)] += 1
+        if tries[id(tensors)] <= room_after:
+            raise torch.OutOfMemoryError
+        return read(tensors)
+
+    blocks = decoder_blocks(open_model(folder))
+    monkeypatch.setattr(StoredTensors, "read", full)
+    expected = decoder_blocks(load_model(folder))
+    if room_after > 1:
+        with pytest.raises(torch.OutOfMemoryError):
+            list(visit(blocks, CPU))
+        return
+    for index, block in visit(blocks, CPU):
+        for name, tensor in expected[index].state_dict().items():
+            assert torch.equal(block.state_dict()[name], tensor)
+    assert list(tries.values()) == [2, 2, 2]
+
+
 @pytest.mark.parametrize("recovery", ["sequential", "refit"])
 def test_recovery_goes_on_with_half_a_batch(llama, input_ids, tmp_path, caplog, recovery):
     list(capture_to(tmp_path, llama, input_ids, batch_size=12))
@@ -190,7 +216,9 @@ def prune_within(room, arguments, log):
 
     sys.stderr = log.open("w", encoding="utf-8", buffering=1)  # As long as the process.
     load_tokenizer(arguments[0])
-    shards.SHARD_BYTES = 1 << 23  # Small against this model, as it is against one that matters.
+    # Small against this model, as they are against one that matters.
+    shards.SHARD_BYTES = 1 << 23
+    threading.stack_size(1 << 20)
     # Tensors that are freed go back to the system at once, so that the limit is one on those in use.
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     used = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
