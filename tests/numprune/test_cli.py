@@ -9,11 +9,12 @@ import pytest
 import torch
 import typer
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from numprune.architectures import KINDS, all_groups, prunable_groups
 from numprune.calibration import evaluation_windows
-from numprune.cli import PLUGINS, _plan_table, add_plugins, app
+from numprune.cli import PLUGINS, _plan_table, add_plugins, app, main
 from numprune.errors import NumpruneError
 from numprune.perplexity import perplexity, window_losses
 from numprune.plan import Choice, Source, make_plan
@@ -23,9 +24,29 @@ from numprune.slicing import slice_block
 from tests.numprune.conftest import CONFIGS
 
 
-def numprune(*arguments):
+def process(*arguments):
+    """Runs the command line in a process of its own."""
     command = [sys.executable, "-c", "from numprune.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def numprune(capfd, monkeypatch):
+    """Runs the command line in this process, which has imported everything; what a process of its own would return."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    monkeypatch.setattr(app, "registered_commands", [*app.registered_commands])
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["numprune", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return subprocess.CompletedProcess(sys.argv, end.value.code, *capfd.readouterr())
+
+    yield run
+    logging.set_verbosity(level)
+    if bars:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture
@@ -36,23 +57,23 @@ def pruning(make_checkpoint, text_file, tmp_path):
     return [make_checkpoint(), *(part for pair in options.items() for part in pair)]
 
 
-def test_prune_then_perplexity(pruning, text_file, tmp_path):
+def test_prune_then_perplexity(numprune, pruning, text_file, tmp_path):
     done = numprune("prune", *pruning)
     assert done.returncode == 0, done.stderr
     assert "% of 20,736 attention and MLP parameters are gone" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    done = numprune("perplexity", tmp_path / "out", "--data", text_file, "--length", 32, "--json")
+    done = numprune("perplexity", tmp_path / "out", "--data", text_file, "--length", 32, "--max-tokens", 4000, "--json")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
-    windows, _ = evaluation_windows(str(text_file), str(tmp_path / "out"), length=32)
+    windows, _ = evaluation_windows(str(text_file), str(tmp_path / "out"), length=32, max_tokens=4000)
     expected = perplexity(torch.cat(list(window_losses(model, windows))), 32).perplexity
     assert printed["perplexity"] == pytest.approx(expected, rel=1e-4)
     assert printed["windows"] == len(windows)
     assert printed["protocol"]["bos_token"] == "none added"
 
 
-def test_check_says_what_holds_and_what_it_found(make_checkpoint):
+def test_check_says_what_holds_and_what_it_found(numprune, make_checkpoint):
     done = numprune("check", make_checkpoint())
     assert done.returncode == 0, done.stderr
     assert "family llama, 3 blocks" in done.stdout
@@ -69,7 +90,7 @@ def test_check_needs_no_weights_and_fails_where_the_layout_is_wrong(tmp_path, mo
     assert "see docs/architectures.md" in result.output
 
 
-def test_plan_writes_no_weights(pruning, tmp_path):
+def test_plan_writes_no_weights(numprune, pruning, tmp_path):
     pruning[pruning.index("--output") + 1] = tmp_path / "plan.json"
     done = numprune("plan", *pruning)
     assert done.returncode == 0, done.stderr
@@ -78,25 +99,26 @@ def test_plan_writes_no_weights(pruning, tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["budget"] == "0.3"
 
 
-def test_same_seed_same_bytes(pruning, tmp_path):
+def test_same_seed_same_bytes(numprune, pruning, tmp_path):
+    """In two processes: what they hash has another order."""
     outputs = []
-    for name in ("first", "second"):
+    for name, run in (("first", numprune), ("second", process)):
         pruning[pruning.index("--output") + 1] = tmp_path / name
-        assert numprune("prune", *pruning, "--seed", 7).returncode == 0
+        assert run("prune", *pruning, "--seed", 7).returncode == 0
         files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
         outputs.append({path.relative_to(tmp_path / name): path.read_bytes() for path in files})
     assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize("recovery", ["bias", "refit"])
-def test_recovery_can_be_chosen(pruning, tmp_path, recovery):
+def test_recovery_can_be_chosen(numprune, pruning, tmp_path, recovery):
     done = numprune("prune", *pruning, "--recovery", recovery)
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "out" / "pruning_plan.json").read_text(encoding="utf-8"))
     assert plan["recipe"]["recovery"] == recovery
 
 
-def test_everything_in_a_recipe_can_be_chosen(pruning, tmp_path):
+def test_everything_in_a_recipe_can_be_chosen(numprune, pruning, tmp_path):
     pruning[pruning.index("--ratio") : pruning.index("--ratio") + 2] = ["--parameters", "32000"]
     chosen = {"--recipe": "paper", "--selection": "flap", "--allocation": "loss_aware", "--recovery": "sequential"}
     chosen |= {
@@ -152,14 +174,15 @@ def test_the_table_leaves_out_what_a_model_does_not_have(llama):
         ("--length", 10000, "length must be in [2, 64]"),
     ],
 )
-def test_mistakes_are_one_message_and_exit_code_2(pruning, tmp_path, option, value, message):
+def test_mistakes_are_one_message_and_exit_code_2(numprune, pruning, option, value, message):
+    output = pruning[pruning.index("--output") + 1]
     pruning[pruning.index(option) + 1] = value
     done = numprune("prune", *pruning)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert not (tmp_path / "out").exists()
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
@@ -171,7 +194,7 @@ def test_mistakes_are_one_message_and_exit_code_2(pruning, tmp_path, option, val
         (["--selection", "guess"], "Invalid value for '--selection'"),
     ],
 )
-def test_options_that_do_not_go_together(pruning, extra, message):
+def test_options_that_do_not_go_together(numprune, pruning, extra, message):
     done = numprune("prune", *pruning, *extra)
     assert done.returncode == 2
     assert message in done.stderr
@@ -179,13 +202,13 @@ def test_options_that_do_not_go_together(pruning, extra, message):
 
 
 def test_debug_shows_the_traceback(pruning):
-    done = numprune("prune", *pruning, "--device", "nonsense", "--debug")
+    done = process("prune", *pruning, "--device", "nonsense", "--debug")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "device 'nonsense' cannot be used" in done.stderr
 
 
-def test_a_taken_output_is_refused_before_any_work(pruning, tmp_path):
+def test_a_taken_output_is_refused_before_any_work(numprune, pruning, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").touch()
     done = numprune("prune", *pruning)
@@ -195,7 +218,7 @@ def test_a_taken_output_is_refused_before_any_work(pruning, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["prune", "plan", "perplexity"])
-def test_help_teaches_by_example(command):
+def test_help_teaches_by_example(numprune, command):
     done = numprune(command, "--help")
     assert done.returncode == 0
     assert f"numprune {command} " in done.stdout

@@ -99,14 +99,15 @@ def hub():
                     }
                 )
             elif "/commit/" in self.path:
+                name = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+                files = kept.files.setdefault(name, {})
                 for line in text.splitlines():
                     entry = json.loads(line)
                     value = entry["value"]
                     if entry["key"] == "file":
-                        kept.files[value["path"]] = base64.b64decode(value["content"])
+                        files[value["path"]] = base64.b64decode(value["content"])
                     elif entry["key"] == "lfsFile":
-                        kept.files[value["path"]] = kept.objects[value["oid"]]
-                name = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+                        files[value["path"]] = kept.objects[value["oid"]]
                 self.answer({"success": True, "commitOid": COMMIT, "commitUrl": f"{address}/{name}/commit/{COMMIT}"})
             else:
                 self.answer({"error": self.path}, 404)
@@ -126,27 +127,55 @@ def hub():
     server.server_close()
 
 
-def run(hub, *arguments):
-    command = [sys.executable, "-c", "from numprune.cli import main; main()", "push", *map(str, arguments)]
+# Runs several commands in one process: Hugging Face's variables are read when it starts.
+PROGRAM = """
+import contextlib, io, json, sys
+from numprune.cli import main
+for arguments in json.load(sys.stdin):
+    sys.argv = ["numprune", "push", *arguments]
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    print(json.dumps([code, output.getvalue(), errors.getvalue()]))
+"""
+
+
+def run(hub, *commands):
+    """Exit code, output and errors of each `numprune push`."""
     settings = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps([[str(argument) for argument in arguments] for arguments in commands]),
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return [
+        SimpleNamespace(code=code, out=out, err=err) for code, out, err in map(json.loads, done.stdout.splitlines())
+    ]
 
 
 def test_a_folder_arrives_whole_and_private(hub, folder):
-    done = run(hub, folder, "team/model")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"{hub.address}/team/model/commit/{COMMIT}"
-    assert hub.repositories == {"team/model": True}
+    hub.repositories["team/public"] = False
+    done, refused, public = run(
+        hub, [folder, "team/model"], [folder, "team/public"], [folder, "team/other", "--public"]
+    )
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == f"{hub.address}/team/model/commit/{COMMIT}"
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert hub.files == files
+    assert hub.files["team/model"] == files
     assert hub.tokens - {None} == {f"Bearer {TOKEN}"}  # The card is checked without.
-    assert TOKEN not in done.stdout + done.stderr
-    hub.repositories["team/model"] = False
-    done = run(hub, folder, "team/model")
-    assert done.returncode == 2
-    assert "public already" in done.stderr
-    assert run(hub, folder, "team/other", "--public").returncode == 0
-    assert hub.repositories["team/other"] is False
+    assert refused.code == 2
+    assert "public already" in refused.err
+    assert public.code == 0, public.err
+    assert hub.repositories == {"team/model": True, "team/public": False, "team/other": False}
+    assert hub.files.keys() == {"team/model", "team/other"}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from numprune.cli import app
 from numprune.errors import NumpruneError
 from numprune.ranks import own_share
 
@@ -32,13 +33,6 @@ recovery._run_until = short
 """
 
 
-def prune(launcher, arguments, output):
-    command = [*launcher, "prune", *arguments, "--output", output]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 def test_two_processes_come_to_what_one_does(make_checkpoint, text_file, tmp_path):
     """The same units; weights to within 1e-3 of their size, as sums are added in another order.
 
@@ -47,10 +41,11 @@ def test_two_processes_come_to_what_one_does(make_checkpoint, text_file, tmp_pat
     options = ["--ratio", "0.3", "--calibration", text_file, "--samples", "9", "--length", "32"]
     arguments = [make_checkpoint(), *options]
     script = tmp_path / "prune.py"
-    script.write_text(PRUNE, encoding="utf-8")
-    prune([sys.executable, script], arguments, tmp_path / "one")
+    app(["prune", *map(str, arguments), "--output", str(tmp_path / "one")], standalone_mode=False)
     script.write_text(SHORT_OF_MEMORY + PRUNE, encoding="utf-8")
-    done = prune([*TORCHRUN, script], arguments, tmp_path / "two")
+    command = [*TORCHRUN, script, "prune", *arguments, "--output", tmp_path / "two"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("parameters are gone") == 1
     # They have five and four of the nine sequences.
     assert done.stderr.count("out of memory with 5 sequences at a time: going on with 2") == 2

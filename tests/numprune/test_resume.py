@@ -1,6 +1,5 @@
 """Work that was killed goes on where it stopped, and what comes out is the same bit by bit."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,10 +11,7 @@ import pytest
 from numprune.errors import NumpruneError
 from numprune.resume import unfinished, writing
 from tests.numprune.conftest import CONFIGS
-
-# Processes that begin with everything imported.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["numprune.cli", "transformers.models.llama.modeling_llama"])
+from tests.processes import FORKED
 
 
 def prune(arguments, log, kill_at):
@@ -43,7 +39,7 @@ def work_folder(output):
 def run(arguments, output, kill_at=None):
     """Prunes in a process of its own."""
     log = output.with_suffix(".log")
-    process = CONTEXT.Process(target=prune, args=([*arguments, "--output", output], log, kill_at))
+    process = FORKED.Process(target=prune, args=([*arguments, "--output", output], log, kill_at))
     process.start()
     process.join()
     assert process.exitcode == (-signal.SIGKILL if kill_at else 0), log.read_text(encoding="utf-8")

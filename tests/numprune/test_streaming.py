@@ -1,6 +1,5 @@
 import collections
 import ctypes
-import multiprocessing
 import re
 import resource
 import sys
@@ -24,6 +23,7 @@ from numprune.reconstruction import hidden_state_errors
 from numprune.statistics import Measured
 from numprune.streaming import StoredTensors, answering, is_streamed, visit
 from tests.numprune.conftest import CONFIGS, SIZES, random_model
+from tests.processes import FORKED
 
 CPU = torch.device("cpu")
 _M_MMAP_THRESHOLD = -3  # Of malloc.h.
@@ -204,12 +204,8 @@ def test_hidden_states_are_the_same_wherever_they_lie(monkeypatch, tmp_path, pla
     assert torch.equal(torch.cat(list(hidden)), states)
 
 
-# A process that begins with everything imported: what it needs beyond that is what pruning needs.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["numprune.cli", "transformers.models.llama.modeling_llama"])
-
-
 def prune_within(room, arguments, log):
+    """In a process that begins with everything imported: what it needs beyond that is what pruning needs."""
     from numprune import shards
     from numprune.checkpoint import load_tokenizer
     from numprune.cli import app
@@ -237,7 +233,7 @@ def test_a_model_larger_than_memory_is_pruned(tmp_path, tokenizer, text_file):
     tokenizer.save_pretrained(folder)
     options = ["--ratio", "0.3", "--calibration", text_file, "--output", tmp_path / "out"]
     options += ["--samples", "4", "--length", "16", "--recipe", "paper", "--recovery", "refit"]
-    process = CONTEXT.Process(target=prune_within, args=(size // 2, [folder, *options], log))
+    process = FORKED.Process(target=prune_within, args=(size // 2, [folder, *options], log))
     process.start()
     process.join()
     assert process.exitcode == 0, log.read_text(encoding="utf-8")

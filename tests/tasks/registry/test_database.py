@@ -1,20 +1,17 @@
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from mlflow import MlflowClient
 
 from tasks.registry.database import make_database
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import FORKED
 
 
 def test_killed_while_it_is_made(tmp_path: Path) -> None:
     path = tmp_path / "mlflow/mlflow.db"
-    program = "import sys; from tasks.registry.database import make_database; make_database(sys.argv[1])"
-    maker = subprocess.Popen([sys.executable, "-c", program, f"sqlite:///{path}"], cwd=ROOT)
+    maker = FORKED.Process(target=make_database, args=[f"sqlite:///{path}"])
+    maker.start()
     half = path.with_name(".mlflow.db.partial") / path.name
     try:
         deadline = time.monotonic() + 120
@@ -23,7 +20,7 @@ def test_killed_while_it_is_made(tmp_path: Path) -> None:
             time.sleep(0.01)
     finally:
         maker.kill()
-        maker.wait()
+        maker.join()
     assert not path.exists()
 
     make_database(f"sqlite:///{path}")

@@ -1,9 +1,9 @@
 """The log itself: many writers at once, and what a hand can do to it."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -11,35 +11,28 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
-from tasks.parameters import Signing
+from tasks.parameters import Registry, Signing
 from tasks.publish import publish
+from tasks.registry.connection import connect
 from tasks.registry.promotion_log import LOG, append, champion, check_log, previous, read_promotions, settle_aliases
-from tests.flows.conftest import ROOT
+from tests.processes import FORKED
 from tests.tasks.conftest import MODEL, Workspace
 
 UNSIGNED = Signing()
 OPTIONS = {"by": "ada", "reason": "because", "criteria": []}
 
-# Promotes versions in turn, whatever others do, and prints how often that had an effect.
-WRITER = """
-import sys
-from tasks.parameters import Registry, Signing
-from tasks.registry.connection import connect
-from tasks.registry.promotion_log import append, champion, read_promotions, settle_aliases
-address, model, rounds = sys.argv[1:]
-client = connect(Registry(tracking_uri=address))
-print("ready", flush=True)
-sys.stdin.readline()
-effects = 0
-for _ in range(int(rounds)):
-    seen = read_promotions(client, model)
-    version = client.get_model_version(model, "2" if champion(seen) == 1 else "1")
-    effects += append(
-        client, Signing(), seen=seen, version=version, action="promote", by="x", reason="", criteria=[]
-    )
-    settle_aliases(client, model)
-print(effects)
-"""
+
+def write(address: str, rounds: int, start: Barrier, effects: "SimpleQueue[int]") -> None:
+    """Promotes versions in turn, whatever others do, and tells how often that had an effect."""
+    client = connect(Registry(tracking_uri=address))
+    start.wait(timeout=120)
+    count = 0
+    for _ in range(rounds):
+        seen = read_promotions(client, MODEL)
+        version = client.get_model_version(MODEL, "2" if champion(seen) == 1 else "1")
+        count += append(client, UNSIGNED, seen=seen, version=version, action="promote", by="x", reason="", criteria=[])
+        settle_aliases(client, MODEL)
+    effects.put(count)
 
 
 @pytest.fixture
@@ -58,20 +51,14 @@ def record(client: MlflowClient, number: int, action: str = "promote") -> bool:
 
 
 def test_many_processes_leave_one_story(client: MlflowClient) -> None:
-    command = [sys.executable, "-c", WRITER, client.tracking_uri, MODEL, "6"]
-    writers = [
-        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    try:
-        for writer in writers:
-            assert writer.stdout.readline() == "ready\n"
-        for writer in writers:
-            writer.stdin.write("go\n")
-            writer.stdin.flush()
-        effects = sum(int(writer.communicate(timeout=120)[0]) for writer in writers)
-    finally:
-        for writer in writers:
-            writer.kill()
+    start, counts = FORKED.Barrier(2), FORKED.SimpleQueue()
+    writers = [FORKED.Process(target=write, args=(client.tracking_uri, 6, start, counts)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=120)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    effects = counts.get() + counts.get()
     records = read_promotions(client, MODEL)
     assert sum(record.effective for record in records) == effects > 0
     effective = [record.version for record in records if record.effective]

@@ -3,10 +3,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tasks.parameters import Download, Watch, load_parameters
 from tasks.releases import ledger as module
 from tasks.releases.ledger import DONE, FAILED, FOUND, PATIENCE, RUNNING, Key, Ledger, shaping_hash
 from tasks.releases.sources import Release
+from tests.processes import FORKED
 
 ROOT = Path(__file__).parents[3]
 REVISION = "a" * 64
@@ -132,36 +134,30 @@ def test_what_is_given_back_counts_as_no_attempt(ledger: Ledger) -> None:
     assert (entry.state, entry.attempts) == (FOUND, 0)
 
 
-RACE = """
-import sys, time
-from tasks.parameters import Download, Watch
-from tasks.releases.ledger import Key, Ledger
-from tasks.releases.sources import Release
-
-url, start, owner = sys.argv[1], float(sys.argv[2]), sys.argv[3]
-while time.time() < start:
-    pass
-ledger = Ledger(url, lease_seconds=60)
-for number in range(50):
-    release = Release(f"model{number}", Download(folder="/models", revision="a" * 64))
-    announced = ledger.announce(release, "1" * 64)
-    claimed = ledger.claim(Key(release.name, release.revision, "1" * 64), owner)
-    print(int(announced), int(claimed))
-"""
+def announce_and_claim(url: str, owner: str, start: Barrier, results: "SimpleQueue[list[tuple[bool, bool]]]") -> None:
+    start.wait(timeout=100)
+    ledger = Ledger(url, lease_seconds=60)
+    outcomes = []
+    for number in range(50):
+        release = Release(f"model{number}", Download(folder="/models", revision=REVISION))
+        announced = ledger.announce(release, PARAMETERS)
+        outcomes.append((announced, ledger.claim(Key(release.name, release.revision, PARAMETERS), owner)))
+    results.put(outcomes)
 
 
 def race(url: str) -> None:
     """Two processes that begin at the same moment, the creation of the tables included."""
-    start = str(time.time() + 8)
-    command = [sys.executable, "-c", RACE, url, start]
-    racers = [
-        subprocess.Popen([*command, owner], cwd=ROOT, stdout=subprocess.PIPE, text=True) for owner in ("one", "two")
-    ]
-    outputs = [racer.communicate(timeout=100)[0].splitlines() for racer in racers]
-    assert [racer.returncode for racer in racers] == [0, 0]
+    start, results = FORKED.Barrier(2), FORKED.SimpleQueue()
+    racers = [FORKED.Process(target=announce_and_claim, args=(url, owner, start, results)) for owner in ("one", "two")]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(timeout=100)
+    assert [racer.exitcode for racer in racers] == [0, 0]
+    outputs = [results.get(), results.get()]
     assert [len(output) for output in outputs] == [50, 50]
     for first, second in zip(*outputs, strict=True):
-        assert [int(a) + int(b) for a, b in zip(first.split(), second.split(), strict=True)] == [1, 1]
+        assert [a + b for a, b in zip(first, second, strict=True)] == [1, 1]
 
 
 def test_of_two_processes_one_announces_and_one_claims(url: str) -> None:
