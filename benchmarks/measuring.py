@@ -126,11 +126,11 @@ class Bench:
             NumpruneError: If the recipe cannot reach the ratio on this model.
         """
         budget = parse_budget(str(ratio))
-        rankings = None if recipe.selection == "box" else self._ranked(recipe)
+        rankings = None if recipe.selection == "box" else self.rank(recipe)
         return choose_within(budget, self.model, load_shapes(self.folder), recipe, self._measured, rankings=rankings)
 
-    def _ranked(self, recipe: Recipe) -> dict[str, Ranking]:
-        """Rankings of the dense model; recipes that differ in nothing that matters to them share one."""
+    def rank(self, recipe: Recipe) -> dict[str, Ranking]:
+        """Ranks the dense model; recipes that differ in nothing that matters to them share one."""
         matters = asdict(recipe)
         for choice in ("recovery", "steps"):
             matters.pop(choice)

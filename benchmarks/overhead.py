@@ -36,7 +36,7 @@ JOBS: Mapping[str, Mapping[str, Any]] = {
         "budgets": [0.2],
         "corpus": {"calibration": ["datasets"], "evaluation": ["huggingface_hub"], "questions": 20},
         "calibration": {"samples": 16, "length": 128},
-        "recipe": {"planning_samples": 4},
+        "recipe": {"planning_tokens": 512},
         "evaluation": {"length": 128, "max_tokens": 4096, "tasks": []},
         "benchmark": {"batches": [1], "new_tokens": 16, "repeats": 1},
     },

@@ -58,7 +58,9 @@ def speed(
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences that are computed together.")] = 8,
-    planning_samples: Annotated[int, typer.Option(min=1, help="Sequences that rises are measured on.")] = 8,
+    planning_tokens: Annotated[int, typer.Option(min=1, help="That rises are measured on.")] = RECIPES[
+        "best"
+    ].planning_tokens,
     ratio: Annotated[float, typer.Option(help="Share to remove.")] = 0.3,
     scaling: Annotated[bool, typer.Option(help="Also halve layers, width and tokens, and plot.")] = False,
     profile: Annotated[bool, typer.Option(help="Also write traces of torch.profiler, one a phase.")] = False,
@@ -82,9 +84,9 @@ def speed(
     for case in cases:
         with _shared_folder(output / "model") as folder:
             traces = output if profile and is_first() else None
-            bench = Bench(case, folder, place, batch_size=batch_size, planning=planning_samples, traces=traces)
+            bench = Bench(case, folder, place, batch_size=batch_size, planning=planning_tokens, traces=traces)
             for name, recipe in (("best", RECIPES["best"]), ("paper", RECIPES["paper"]), ("FLAP", FLAP)):
-                for row in bench.phases(name, replace(recipe, planning_samples=planning_samples), ratio, ceilings):
+                for row in bench.phases(name, replace(recipe, planning_tokens=planning_tokens), ratio, ceilings):
                     rows.append(row)
                     if is_first():
                         print(_line(row), flush=True)
@@ -285,7 +287,7 @@ class Work:
             block=parameters,
             block_bytes=sum(parameter.nbytes for parameter in block.parameters()),
             tokens=case.samples * case.length,
-            planning=min(planning, case.samples) * case.length,
+            planning=min(max(1, planning // case.length), case.samples) * case.length,
             consumers=[(layer.in_features, layer.out_features) for layer in layers],
             ratio=ratio,
         )
@@ -297,12 +299,12 @@ class Work:
         return self.layers * self._floor(forward + grams, ceilings)
 
     def score(self, recipe: Recipe, ceilings: Ceilings) -> float:
-        """A factorisation, for the greedy order two inverses' worth; and for rises four trials a block."""
+        """A factorisation, for the greedy order two inverses' worth; for rises four trials a block beside the model."""
         solves = {"obs": 5.0, "newton": 1 / 3}.get(recipe.selection, 0.0)
         double = sum(solves * size**3 + (2 * size**2 * out if solves > 1 else 0) for size, out in self.consumers)
         seconds = self.layers * double / ceilings.double
         if recipe.allocation == "loss_aware":
-            passes = 4 * self.layers * (self.layers + 1) / 2 + self.layers
+            passes = 2 * self.layers * (self.layers + 2)
             seconds += 2 * self.block * self.planning * passes / ceilings.model
         return seconds
 

@@ -27,6 +27,7 @@ from numprune.ranking import Ranking, Selection, load_rankings, rank, save_ranki
 from numprune.ranks import is_first
 from numprune.recipe import Recipe
 from numprune.resume import writing
+from numprune.samples import Samples
 from numprune.sensitivity import LossProbe, rise_curve
 from numprune.statistics import Measured
 from numprune.stock import within_stock
@@ -35,7 +36,7 @@ from numprune.streaming import visit
 # Shares of a group's units after whose removal the rise of the loss is measured; between them it is interpolated.
 _PROBED = (0.3, 0.7)
 # Blocks whose trials go through the blocks behind them together: what is read falls, what is remembered grows with it.
-_BLOCKS_TOGETHER = 8
+_BLOCKS_TOGETHER = 32
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def rank_model(
     Args:
         model: The model.
         recipe: Its selection, and whether its allocation needs the rises of the model's loss.
-        measured: Of the model; its first `planning_samples` samples are what rises are measured on.
+        measured: Of the model; rises are measured on the first `planning_tokens` tokens of its samples.
         ratio: Share that is to go; needed for the selection `box`, which alone depends on it.
         work: Folder that remembers rankings, so that those it holds already are not made again.
         watch: Shows the progress over the blocks that are read, which are more than the model has.
@@ -68,7 +69,7 @@ def rank_model(
     place = measured.device or model.device
     probe = None
     if recipe.allocation == "loss_aware" and first < len(blocks):
-        samples = measured.samples[: recipe.planning_samples]
+        samples = Samples.of(measured.samples).within(recipe.planning_tokens)
         if work:  # For hidden states.
             work.mkdir(parents=True, exist_ok=True)
         probe = LossProbe(model, samples, batch_size=measured.batch_size, device=place, first=first, folder=work)
@@ -175,7 +176,7 @@ def choose_units(
         recipe: How to decide.
         costs: Of one unit of every group.
         amount: How much of it must go.
-        measured: Of the dense model; between two steps its first `planning_samples` samples are used.
+        measured: Of the dense model.
         rankings: Of the dense model if they are there already.
         watch: Shows the progress of the steps.
 
@@ -195,7 +196,7 @@ class _Search:
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, costs: Costs, measured: Measured, watch: Watch) -> None:
         self._model, self._recipe, self._costs = model, recipe, costs
-        self._planning = replace(measured, samples=measured.samples[: recipe.planning_samples])
+        self._measured = measured
         self._watch = watch
         self._shapes = within_stock(recipe.shapes, model)
         self._dense = _groups(model)
@@ -207,7 +208,7 @@ class _Search:
     def advance(self, amount: float, rankings: Mapping[str, Ranking] | None, prefix: str, step: int) -> None:
         """Removes units until so much of the dense model's cost is gone."""
         fresh = all(len(self._kept[group.name]) == group.units for group in self._dense)
-        work = self._planning.work and self._planning.work / f"step-{step}"
+        work = self._measured.work and self._measured.work / f"step-{step}"
         model = self._model if fresh else self._cut_so_far(prefix, work)
         groups = _groups(model)
         left = self._cost(groups)
@@ -239,30 +240,30 @@ class _Search:
     def _cut_so_far(self, prefix: str, work: Path | None) -> PreTrainedModel:
         model = twin(self._model)
         recipe = self._recipe
-        blocks = cut(model, self._kept, self._planning, recovery=recipe.recovery, damping=recipe.damping, work=work)
+        blocks = cut(model, self._kept, self._measured, recovery=recipe.recovery, damping=recipe.damping, work=work)
         for _ in self._watch(blocks, len(decoder_blocks(model)), f"{prefix}recover"):
             pass
         return model
 
     def _rank(self, model: PreTrainedModel, ratio: float, prefix: str, work: Path | None) -> dict[str, Ranking]:
-        planning = self._planning
+        measured = self._measured
         with ExitStack() as stack:
             if model is not self._model:
                 folder = work or Path(stack.enter_context(TemporaryDirectory()))
-                planning = replace(planning, statistics=folder)
+                measured = replace(measured, statistics=folder)
                 captured = capture_to(
                     folder,
                     model,
-                    planning.samples,
-                    batch_size=planning.batch_size,
-                    device=planning.device,
+                    measured.samples,
+                    batch_size=measured.batch_size,
+                    device=measured.device,
                     work=work,
                 )
                 for _ in self._watch(captured, len(decoder_blocks(model)), f"{prefix}capture"):
                     pass
             title = f"{prefix}rank"
             return dict(
-                rank_model(model, self._recipe, planning, ratio=ratio, work=work, watch=self._watch, title=title)
+                rank_model(model, self._recipe, measured, ratio=ratio, work=work, watch=self._watch, title=title)
             )
 
     def _remove(self, allocated: Allocated, rankings: Mapping[str, Ranking]) -> None:

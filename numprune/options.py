@@ -108,8 +108,8 @@ class Job:
         ),
     ] = None
     steps: Annotated[int | None, _override("In how many cuts the budget is reached.", min=1)] = None
-    planning_samples: Annotated[
-        int | None, _override("Calibration sequences that rises of the loss are measured on.", min=1)
+    planning_tokens: Annotated[
+        int | None, _override("Calibration tokens that rises of the loss are measured on, in whole sequences.", min=1)
     ] = None
     heads: Annotated[int | None, _override("Kept query heads of a layer are a multiple of this, or all.", min=1)] = None
     channels: Annotated[int | None, _override("Kept MLP channels are a multiple of this, or all.", min=1)] = None
@@ -158,7 +158,7 @@ class Job:
 
     def _settings(self) -> Recipe:
         recipe = RECIPES[self.recipe]
-        names = ("selection", "allocation", "recovery", "steps", "planning_samples", "penalty")
+        names = ("selection", "allocation", "recovery", "steps", "planning_tokens", "penalty")
         changes: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.penalty is not None and not self.penalty > 0:
             raise NumpruneError(f"--penalty must be above 0, got {self.penalty}.")

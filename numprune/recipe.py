@@ -19,7 +19,8 @@ class Recipe:
         allocation: How many go from every layer, see `numprune.allocation`.
         recovery: How the kept weights make up for the pruned ones, see `numprune.cutting.cut`.
         steps: In how many cuts the budget is reached; after each the model is recovered and ranked anew.
-        planning_samples: Calibration sequences that loss rises and the models between two cuts are measured on.
+        planning_tokens: Calibration tokens that loss rises are measured on, see `numprune.sensitivity`: of the first
+            sequences that together have no more, at least of one.
         shapes: Which widths layers may have.
         penalty: Lambda of the numerical score.
         damping: Of matrices of calibration moments, relative to the mean diagonal; `auto` takes it from the spectrum.
@@ -30,7 +31,7 @@ class Recipe:
     allocation: Allocation = "global"
     recovery: Recovery = "least_squares"
     steps: int = 1
-    planning_samples: int = 32
+    planning_tokens: int = 4096
     shapes: Shapes = field(default_factory=Shapes)
     penalty: float = math.inf
     damping: Damping = 1e-6

@@ -44,6 +44,10 @@ class Samples:
         """Tokens of a sequence."""
         return self.input_ids.shape[1]
 
+    def within(self, tokens: int) -> "Samples":
+        """The first samples that together have at most so many tokens; at least one."""
+        return self[: max(1, tokens // self.length)]
+
     def split(self, size: int) -> Iterator["Samples"]:
         """Consecutive parts of so many samples, the last one perhaps of fewer."""
         return (self[start : start + size] for start in range(0, len(self), size))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from numprune.architectures import decoder_blocks, decoder_output, logits
 from numprune.capture import enter
 from numprune.memory import HiddenStates
-from numprune.ranks import add_up, own_share
+from numprune.ranks import add_up, rank, ranks
 from numprune.samples import Samples
 from numprune.streaming import outside_to, visit
 
@@ -26,7 +26,9 @@ class LossProbe:
     """Measures what other weights would do to the loss, many of them in one pass through the blocks behind.
 
     A trial is the model with one weight changed: its hidden states branch off the model's own in the block of that
-    weight and go on beside them. So a block is on the device once for all trials that branched off before it.
+    weight and go on beside them. So a block is on the device once for all trials that branched off before it, and for
+    what the model itself says, which the first trials take along. Ranks share the trials, not the samples: these may
+    be fewer.
     """
 
     @torch.no_grad()
@@ -40,7 +42,7 @@ class LossProbe:
         first: int = 0,
         folder: Path | None = None,
     ) -> None:
-        """Computes what the model itself says.
+        """Carries the model's own hidden states to where trials begin.
 
         Args:
             model: The model.
@@ -53,17 +55,12 @@ class LossProbe:
         self._model = model
         outside_to(model, device)
         samples = Samples.of(samples)
-        own, vocabulary = own_share(samples), len(model.get_output_embeddings().weight)
-        self._tokens = int(samples.scored(vocabulary).sum())
-        self._scored = own.scored(vocabulary)
-        states, self._arguments = enter(model, own, batch_size, device, folder)
-        self._own = states.copy()
-        for index, block in visit(decoder_blocks(model), device):
-            self._carry(states, index, block)
-            if index < first:
-                self._carry(self._own, index, block)
-        self._final = states
-        self._trials: dict[Any, HiddenStates] = {}
+        self._scored = samples.scored(len(model.get_output_embeddings().weight))
+        self._own, self._arguments = enter(model, samples, batch_size, device, folder)
+        for index, block in visit(decoder_blocks(model)[:first], device):
+            self._carry(self._own, index, block)
+        self._final, self._is_final = self._own.copy(), False
+        self._trials: dict[Any, HiddenStates | None] = {}
 
     @torch.no_grad()
     def branch(self, name: Any, index: int, block: nn.Module, layer: nn.Linear, weight: Tensor) -> None:
@@ -76,19 +73,24 @@ class LossProbe:
             layer: A linear layer of the block.
             weight: (D_out, D) to try; the layer keeps its own.
         """
+        self._trials[name] = None
+        if len(self._trials) % ranks() != rank():
+            return
         own = layer.weight.data
         layer.weight.data = weight.to(own)
         try:
-            trial = self._own.mapped(self._arguments.through(index, block, self._own))
+            self._trials[name] = self._own.mapped(self._arguments.through(index, block, self._own))
         finally:
             layer.weight.data = own
-        self._trials[name] = trial
 
     @torch.no_grad()
     def follow(self, index: int, block: nn.Module) -> None:
         """Carries all trials that branched off before a block through it."""
         for trial in self._trials.values():
-            self._carry(trial, index, block)
+            if trial:
+                self._carry(trial, index, block)
+        if not self._is_final:
+            self._carry(self._final, index, block)
 
     @torch.no_grad()
     def advance(self, index: int, block: nn.Module) -> None:
@@ -98,8 +100,8 @@ class LossProbe:
     @torch.no_grad()
     def rises(self) -> dict[Any, float]:
         """Ends all trials, which are through the last block: the rise of the loss in nats per token, by their names."""
-        names, trials = list(self._trials), [trial.split(1) for trial in self._trials.values()]
-        self._trials = {}
+        names, trials = list(self._trials), [trial and trial.split(1) for trial in self._trials.values()]
+        self._trials, self._is_final = {}, True
         totals = torch.zeros(len(trials), dtype=torch.float64, device=self._final.device)
         # One sample at a time: with a large vocabulary the logits of a batch outweigh everything else.
         for sample, own in enumerate(self._final.split(1)):
@@ -107,10 +109,11 @@ class LossProbe:
             expected = self._log_probabilities(own[:, scored])
             probabilities = expected.exp()
             for number, trial in enumerate(trials):
-                found = self._log_probabilities(trial[sample][:, scored])
-                totals[number] += (probabilities * (expected - found)).sum()
+                if trial:
+                    found = self._log_probabilities(trial[sample][:, scored])
+                    totals[number] += (probabilities * (expected - found)).sum()
         add_up(totals)
-        return dict(zip(names, (totals / self._tokens).tolist(), strict=True))
+        return dict(zip(names, (totals / self._scored.sum()).tolist(), strict=True))
 
     def _carry(self, hidden: HiddenStates, index: int, block: nn.Module) -> None:
         for batch, after in enumerate(self._arguments.through(index, block, hidden)):

@@ -150,8 +150,8 @@ class RecipeChoice(_Section):
     allocation: Allocation | None = Field(default=None, description="How many units go from every layer.")
     recovery: Recovery | None = Field(default=None, description="How kept weights make up for pruned ones.")
     steps: Count | None = Field(default=None, description="In how many cuts the budget is reached.")
-    planning_samples: Count | None = Field(
-        default=None, description="Calibration sequences that rises of the loss are measured on."
+    planning_tokens: Count | None = Field(
+        default=None, description="Calibration tokens that rises of the loss are measured on, in whole sequences."
     )
     shapes: ShapesOverride = ShapesOverride()
     penalty: Annotated[float, Field(gt=0)] | None = Field(

@@ -92,7 +92,7 @@ def test_the_best_recipe_clearly_beats_the_papers(dense, windows, measured):
     nats = math.log(quality(dense, text))
     lost = {}
     for name in ("paper", "best"):
-        recipe = replace(RECIPES[name], planning_samples=16)
+        recipe = RECIPES[name]
         plan = planned(dense, few, recipe, "0.2")
         assert plan.achieved_ratio == pytest.approx(0.2, abs=0.01)
         lost[name] = math.log(quality(pruned_by(plan, dense, few, recipe), text)) - nats

@@ -92,7 +92,7 @@ class Team:
 
 
 def _parameters(content: dict[str, Any]) -> None:
-    content["recipe"] |= {"planning_samples": 4}
+    content["recipe"] |= {"planning_tokens": 512}
     content["calibration"] |= {"samples": 16, "length": 128}
     content["evaluation"] |= {"length": 128, "max_tokens": 8192, "tasks": []}
     # Rather than the noise of this machine's clock, quality decides.

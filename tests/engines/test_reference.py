@@ -40,7 +40,7 @@ def folders(tmp_path_factory):
     text = root / "text.txt"
     text.write_text("".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))), "utf-8")
     for shape, more in zip(SHAPES, (["--uniform"], []), strict=True):
-        options = f"--ratio 0.5 --samples 8 --length 128 --planning-samples 4 --calibration {text} -o {root / shape}"
+        options = f"--ratio 0.5 --samples 8 --length 128 --planning-tokens 512 --calibration {text} -o {root / shape}"
         command = [
             sys.executable,
             "-c",

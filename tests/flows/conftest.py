@@ -96,7 +96,7 @@ class Checkout:
 def _tiny(content: dict[str, Any]) -> None:
     content["models"] = [MODEL]
     content["budgets"] = [0.2]
-    content["recipe"] |= {"planning_samples": 4}
+    content["recipe"] |= {"planning_tokens": 256}
     content["workload"] |= {"length": 64}
     content["corpus"] |= {"calibration": ["datasets"], "evaluation": ["huggingface_hub"], "questions": 20}
     content["calibration"] |= {"samples": 8, "length": 64}

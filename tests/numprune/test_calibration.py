@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from numprune.calibration import draw_samples, evaluation_windows
 from numprune.errors import NumpruneError
-from numprune.samples import fingerprint, load_samples, save_samples
+from numprune.samples import Samples, fingerprint, load_samples, save_samples
 
 
 @pytest.fixture
@@ -22,6 +22,12 @@ def test_text_is_cut_into_windows_and_drawn_by_seed(folder, text_file):
     assert not torch.equal(drawn.input_ids, other.input_ids)
     windows = {tuple(row) for row in evaluation_windows(str(text_file), folder, length=16)[0].input_ids.tolist()}
     assert {tuple(row) for row in drawn.input_ids.tolist()} <= windows
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(1, 1), (15, 1), (16, 2), (23, 2), (24, 3), (1000, 3)])
+def test_whole_samples_are_taken_within_a_number_of_tokens(tokens, taken):
+    ids = torch.arange(24).view(3, 8)
+    assert torch.equal(Samples(ids).within(tokens).input_ids, ids[:taken])
 
 
 def test_length_defaults_to_the_models_maximum(folder, text_file):

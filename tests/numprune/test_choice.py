@@ -161,7 +161,7 @@ def divergence(model, changed, input_ids):
 def test_rises_are_those_of_models_cut_in_one_place(name, depth, input_ids, tmp_path):
     model = random_model(CONFIGS[name])
     measured = measure(model, input_ids, tmp_path)
-    recipe = replace(BEST, planning_samples=7, shapes=Shapes(depth=depth))
+    recipe = replace(BEST, planning_tokens=8 * input_ids.shape[1] - 1, shapes=Shapes(depth=depth))  # Seven whole ones.
     for group_name, ranking in ranked(model, measured, recipe).items():
         group = next(g for g in groups_of(model) if g.name == group_name)
         moments = measured.block(group.block).moments[group.name]
@@ -223,14 +223,13 @@ def test_steps_go_on_from_what_the_steps_before_left(model, measured, recipe):
 @pytest.mark.parametrize("recovery", ["least_squares", "refit"])
 def test_the_second_step_ranks_the_recovered_model(llama, of_llama, input_ids, tmp_path, recovery):
     """By hand: choose, cut and recover a copy, measure it, and choose in it what is still to go."""
-    recipe = replace(BEST, recovery=recovery, planning_samples=8)
+    recipe = replace(BEST, recovery=recovery, planning_tokens=3 * input_ids.shape[1])
     costs, amount = to_remove(llama, Budget("ratio", 0.4))
     first = choose_units(llama, recipe, costs, amount / 2, of_llama)
     halfway = copy.deepcopy(llama)
-    planning = replace(of_llama, samples=input_ids[:8])
-    list(cut(halfway, first.kept, planning, recovery=recovery, damping="auto"))
+    list(cut(halfway, first.kept, of_llama, recovery=recovery, damping="auto"))
     left = amount - sum((g.units - len(first.kept[g.name])) * g.unit_parameters for g in groups_of(llama))
-    of_halfway = measure(halfway, input_ids[:8], tmp_path / "halfway")
+    of_halfway = measure(halfway, input_ids, tmp_path / "halfway")
     second = choose_units(halfway, recipe, costs, left, of_halfway)
     both = choose_units(llama, replace(recipe, steps=2), costs, amount, of_llama)
     for name, units in both.kept.items():

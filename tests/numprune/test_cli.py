@@ -123,7 +123,7 @@ def test_everything_in_a_recipe_can_be_chosen(numprune, pruning, tmp_path):
     chosen = {"--recipe": "paper", "--selection": "flap", "--allocation": "loss_aware", "--recovery": "sequential"}
     chosen |= {
         "--steps": 2,
-        "--planning-samples": 4,
+        "--planning-tokens": 64,
         "--heads": 2,
         "--channels": 8,
         "--penalty": 3,
@@ -138,7 +138,7 @@ def test_everything_in_a_recipe_can_be_chosen(numprune, pruning, tmp_path):
         "allocation": "loss_aware",
         "recovery": "sequential",
         "steps": 2,
-        "planning_samples": 4,
+        "planning_tokens": 64,
         "shapes": {"heads": 2, "channels": 8, "uniform": True, "depth": True},
         "penalty": 3.0,
         "damping": "auto",

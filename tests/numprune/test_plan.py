@@ -52,7 +52,7 @@ def test_the_file_says_what_a_reader_asks(plan, tmp_path):
         "allocation": "global",
         "recovery": "least_squares",
         "steps": 1,
-        "planning_samples": 32,
+        "planning_tokens": 4096,
         "shapes": {"heads": 1, "channels": 1, "uniform": False, "depth": False},
         "penalty": "inf",
         "damping": 1e-6,

@@ -36,10 +36,11 @@ recovery._run_until = short
 def test_two_processes_come_to_what_one_does(make_checkpoint, text_file, tmp_path):
     """The same units; weights to within 1e-3 of their size, as sums are added in another order.
 
-    Memory that does not suffice in one of them halves the batches of both.
+    Memory that does not suffice in one of them halves the batches of both. They plan on one sequence, with which one of
+    them alone would have something to do if they shared sequences there.
     """
     options = ["--ratio", "0.3", "--calibration", text_file, "--samples", "9", "--length", "32"]
-    arguments = [make_checkpoint(), *options]
+    arguments = [make_checkpoint(), *options, "--planning-tokens", "32"]
     script = tmp_path / "prune.py"
     app(["prune", *map(str, arguments), "--output", str(tmp_path / "one")], standalone_mode=False)
     script.write_text(SHORT_OF_MEMORY + PRUNE, encoding="utf-8")

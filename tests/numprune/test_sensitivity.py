@@ -27,13 +27,12 @@ def rises(model, input_ids, trials, batch_size=5, first=0):
     """Rises by name of trials (block, layer, weight), measured in one pass."""
     device = torch.device("cpu")
     probe = LossProbe(model, input_ids, batch_size=batch_size, device=device, first=first)
-    for index, block in enumerate(model.model.layers):
+    for index, block in enumerate(model.model.layers[first:], first):
         probe.follow(index, block)
         for name, (at, layer, weight) in trials.items():
             if at == index:
                 probe.branch(name, index, block, layer, weight)
-        if index >= first:
-            probe.advance(index, block)
+        probe.advance(index, block)
     return probe.rises()
 
 

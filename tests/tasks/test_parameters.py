@@ -33,7 +33,7 @@ def test_presets_are_those_of_the_library(preset: str) -> None:
 
 
 def test_everything_in_a_recipe_can_be_chosen() -> None:
-    chosen = {"selection": "flap", "allocation": "uniform", "recovery": "bias", "steps": 2, "planning_samples": 4}
+    chosen = {"selection": "flap", "allocation": "uniform", "recovery": "bias", "steps": 2, "planning_tokens": 64}
     chosen |= {"penalty": 3.0, "damping": "auto", "seed": 5}
     shapes = {"heads": 2, "channels": 64, "uniform": True, "depth": True}
     recipe = RecipeChoice.model_validate({"preset": "paper", "shapes": shapes, **chosen}).resolve()

@@ -238,7 +238,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("workspace")
     content = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     content |= {"models": [MODEL], "budgets": [float(budget) for budget in BUDGETS]}
-    content["recipe"] |= {"planning_samples": 2, "penalty": float("inf")}
+    content["recipe"] |= {"planning_tokens": 64, "penalty": float("inf")}
     content["calibration"] |= {"data": "data/calibration.txt", "samples": 4, "length": 32}
     # A list of sections, which leave out what has a default.
     content["watch"]["sources"] = [{"kind": "folder", "path": "/releases"}]
