@@ -9,6 +9,7 @@ import ast
 import json
 import random
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,8 +80,18 @@ def _docstrings(path: Path) -> list[str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):  # Templates and fixtures that are no Python.
             return []
-    docstrings = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
+    docstrings = (ast.get_docstring(node) for node in _statements(tree) if isinstance(node, _DOCUMENTED))
     return [text for text in docstrings if text and len(text) >= MIN_CHARACTERS]
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Like `ast.walk`, without the expressions: most of a tree, and no docstring stands in them."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, field, ()))
 
 
 if __name__ == "__main__":
