@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.stages import stage_graph
+from infra.servers import servers
 from numprune.errors import NumpruneError
 from tasks.parameters import PARAMETERS_FILE, load_parameters
 from tasks.step import run_step
@@ -29,6 +30,7 @@ WAYS: Mapping[str, Sequence[str]] = {
     "make repro": ["-m", "tasks.forkserver", "dvc", "repro"],
     FLOW: ["-m", "flows.compress"],
 }
+SERVED = f"{FLOW}, Prefect's server being there"
 
 # Sections of params.yaml, and what is otherwise in them.
 JOBS: Mapping[str, Mapping[str, Any]] = {
@@ -74,7 +76,7 @@ def overhead(
         str, typer.Option(help="small, params for params.yaml as it is, or long for five budgets.")
     ] = "small",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of everything; medians are shown.")] = 3,
-    flow_alone: Annotated[bool, typer.Option("--flow-alone", help="Leave the two ways without Prefect out.")] = False,
+    flow_alone: Annotated[bool, typer.Option("--flow-alone", help="Leave the ways without Prefect out.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("report/overhead"),
 ) -> None:
     """Runs the last commit in fresh clones of this repository, every way in turn, and then again."""
@@ -96,14 +98,16 @@ def overhead(
 def _measure(folder: Path, changes: Mapping[str, Any], ways: Mapping[str, Sequence[str]]) -> dict[str, float]:
     python = sys.executable
     plain = _clone(folder / "plain", {**changes, **_IN_TURN})
-    seconds = {PLAIN: _seconds(plain, [python, "-c", _PLAIN], json.dumps(_commands(plain)))}
-    clones = {
-        name: _clone(folder / name.replace(" ", "-"), changes if name == FLOW else {**changes, **_IN_TURN})
-        for name in ways
-    }
-    for suffix in "", ", unchanged":
-        for name, command in ways.items():
-            seconds[name + suffix] = _seconds(clones[name], [python, *command])
+    seconds = {PLAIN: _seconds(plain, [python, "-c", _PLAIN], text=json.dumps(_commands(plain)))}
+    clones: dict[str, Path] = {}
+    for name, command in ways.items():
+        clones[name] = _clone(folder / name.replace(" ", "-"), changes if name == FLOW else {**changes, **_IN_TURN})
+        seconds[name] = _seconds(clones[name], [python, *command])
+    with servers(folder / "servers", worker=False) as running:
+        served = _clone(folder / "served", changes)
+        seconds[SERVED] = _seconds(served, [python, *WAYS[FLOW]], PREFECT_API_URL=running.prefect)
+    for name, command in ways.items():
+        seconds[f"{name}, unchanged"] = _seconds(clones[name], [python, *command])
     last = _run(clones[FLOW], [python, "-c", _IN_PROCESS]).splitlines()[-1]
     return seconds | {"the same in a process that is there": float(last)}
 
@@ -112,7 +116,7 @@ def _table(runs: list[dict[str, float]]) -> str:
     medians = {name: median(run[name] for run in runs) for name in runs[0]}
     lines = [f"| median of {len(runs)} | seconds | added | ratio |", "|---|---:|---:|---:|"]
     for name, seconds in medians.items():
-        compared = name in WAYS
+        compared = name in {*WAYS, SERVED}
         added = f"{seconds - medians[PLAIN]:+.1f}" if compared else ""
         ratio = f"{seconds / medians[PLAIN]:.2f}" if compared else ""
         lines.append(f"| {name} | {seconds:.1f} | {added} | {ratio} |")
@@ -137,17 +141,17 @@ def _commands(root: Path) -> list[list[str]]:
     return [[f"tasks.{step}", *arguments] for step, *arguments in steps]
 
 
-def _seconds(root: Path, command: list[str], text: str = "") -> float:
+def _seconds(root: Path, command: list[str], text: str = "", **variables: str) -> float:
     start = time.perf_counter()
-    _run(root, command, text)
+    _run(root, command, text, **variables)
     return time.perf_counter() - start
 
 
-def _run(root: Path, command: list[str], text: str = "") -> str:
+def _run(root: Path, command: list[str], text: str = "", **variables: str) -> str:
     """What a command prints, in an environment without settings of the caller's."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     environment |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-    environment |= {"DVC_NO_ANALYTICS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(root)}
+    environment |= {"DVC_NO_ANALYTICS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(root), **variables}
     done = subprocess.run(command, cwd=root, env=environment, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise NumpruneError(f"{' '.join(command[:3])} failed in {root}:\n{done.stdout}\n{done.stderr}")

@@ -38,7 +38,7 @@ from typing import NoReturn
 
 from tasks.forked import FORKED, SOCKET, STREAMS, Request, run, run_here
 
-# What stages import.
+# What most stages import.
 IMPORTED = (
     "datasets",
     "dvc.cli",
@@ -46,11 +46,9 @@ IMPORTED = (
     "dvc.repo",
     "lm_eval.evaluator",
     "lm_eval.models.huggingface",
-    "matplotlib.pyplot",
     "numprune.pruning",
     "tasks.accuracy",
     "tasks.images.evaluation",
-    "tasks.report.pages",
     "tasks.step",
 )
 
