@@ -406,7 +406,7 @@ def _line(row: Row) -> str:
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
-    """Seconds of each phase against what was halved, with both axes logarithmic."""
+    """Seconds of each phase, and its floor (dashed), against what was halved, with both axes logarithmic."""
     import matplotlib.pyplot as plt
 
     base = rows[0]
@@ -417,8 +417,12 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
             row for row in rows if all(row[key] == base[key] for key in others) and row["recipe"] in {"all", "best"}
         ]
         for phase in ("capture", "score", "compensate"):
-            points = sorted((row[quantity], row["seconds"]) for row in varied if row["phase"] == phase)
-            axis.loglog(*zip(*points, strict=True), "o-", label=phase)
+            points = sorted((row[quantity], row["seconds"], row["floor"]) for row in varied if row["phase"] == phase)
+            values, seconds, floors = zip(*points, strict=True)
+            (line,) = axis.loglog(values, seconds, "o-", label=phase)
+            axis.loglog(values, floors, "--", color=line.get_color())
+        axis.set_xticks(values, map(str, values))
+        axis.minorticks_off()
         axis.set_xlabel(quantity)
     axes[0].set_ylabel("seconds")
     axes[0].legend()
