@@ -266,12 +266,12 @@ class Bench:
 
 @dataclass(frozen=True)
 class Work:
-    """Operations and bytes that a phase cannot do without; docs/scaling.md says how they come about."""
+    """Operations and bytes that a phase cannot do without, of one rank; docs/scaling.md says how they come about."""
 
     layers: int
     block: int
     block_bytes: int
-    tokens: int
+    tokens: float
     planning: int
     consumers: list[tuple[int, int]]
     ratio: float
@@ -286,7 +286,7 @@ class Work:
             layers=case.layers,
             block=parameters,
             block_bytes=sum(parameter.nbytes for parameter in block.parameters()),
-            tokens=case.samples * case.length,
+            tokens=case.samples * case.length / ranks(),
             planning=min(max(1, planning // case.length), case.samples) * case.length,
             consumers=[(layer.in_features, layer.out_features) for layer in layers],
             ratio=ratio,
@@ -296,7 +296,8 @@ class Work:
         """Each token through each block, and G of each consumer: 2 D^2 a token."""
         forward = 2 * self.block * self.tokens
         grams = sum(2 * size**2 * self.tokens for size, _ in self.consumers)
-        return self.layers * self._floor(forward + grams, ceilings)
+        summed = sum(8 * size**2 for size, _ in self.consumers)
+        return self.layers * self._floor(forward + grams, summed, ceilings)
 
     def score(self, recipe: Recipe, ceilings: Ceilings) -> float:
         """A factorisation, for the greedy order two inverses' worth; for rises four trials a block beside the model."""
@@ -304,7 +305,8 @@ class Work:
         double = sum(solves * size**3 + (2 * size**2 * out if solves > 1 else 0) for size, out in self.consumers)
         seconds = self.layers * double / ceilings.double
         if recipe.allocation == "loss_aware":
-            passes = 2 * self.layers * (self.layers + 2)
+            # The model itself, and its trials, which the ranks share.
+            passes = self.layers + (2 * self.layers * (self.layers + 2) - self.layers) / ranks()
             seconds += 2 * self.block * self.planning * passes / ceilings.model
         return seconds
 
@@ -318,10 +320,12 @@ class Work:
             return self.layers * solve
         forward = 2 * self.block * (2 - self.ratio) * self.tokens
         sums = sum(2 * (size**2 + size * out) * self.tokens for size, out in kept)
-        return self.layers * (self._floor(forward + sums, ceilings) + solve)
+        summed = sum(8 * (size**2 + size * out) for size, out in kept)
+        return self.layers * (self._floor(forward + sums, summed, ceilings) + solve)
 
-    def _floor(self, operations: float, ceilings: Ceilings) -> float:
-        return max(operations / ceilings.model, self.block_bytes / ceilings.reading)
+    def _floor(self, operations: float, summed: float, ceilings: Ceilings) -> float:
+        seconds = max(operations / ceilings.model, self.block_bytes / ceilings.reading)
+        return seconds + (summed / ceilings.sums if ceilings.sums else 0.0)
 
 
 @contextmanager
