@@ -73,16 +73,20 @@ def _connect() -> socket.socket | None:
 
 def _run_there(connection: socket.socket, module: str, arguments: Sequence[str]) -> int | None:
     """The exit code of a forked process; None if there was none."""
+    received: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
         with contextlib.suppress(OSError):
             connection.send(bytes([number]))
 
     request = Request(module=module, arguments=list(arguments), folder=str(Path.cwd()), environment=dict(os.environ))
-    handlers = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    handlers = {}
     try:
         socket.send_fds(connection, [b"\n"], STREAMS)
         connection.sendall(json.dumps(request).encode() + b"\n")
+        # Not before: the number of a signal would end up in the middle of the request.
+        handlers = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
         if connection.recv(1) == FORKED:
             code = connection.recv(1)
             connection.recv(1)  # Nothing more comes; this waits for the end of the process.
@@ -91,6 +95,8 @@ def _run_there(connection: socket.socket, module: str, arguments: Sequence[str])
         pass
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if received:  # Nobody took it, and nothing shall begin now.
+        signal.raise_signal(received[0])
     return None
 
 

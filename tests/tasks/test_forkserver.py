@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tasks.forked import SOCKET
 from tasks.forkserver import fork_server
 from tests.flows.conftest import ROOT
 
@@ -152,6 +154,30 @@ def test_interrupt_is_passed_on(folder: Path, forking: Mapping[str, str]) -> Non
     assert (process.returncode, output) == (130, "tidied up\n")
     assert errors.endswith("KeyboardInterrupt\n")
     assert not any(map(is_running, pids))
+
+
+@linux
+def test_interrupt_before_the_fork_starts_nothing(folder: Path, tmp_path: Path) -> None:
+    """The fork server goes away while it is waited for; the program would be started without it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path := tmp_path / "s"))
+        listener.listen()
+        process = start(folder, {SOCKET: str(path)}, "echo")
+        with listener.accept()[0] as connection:
+            with connection.makefile("rb") as sent:
+                sent.readline()
+                sent.readline()
+            eventually(lambda: bool(_sigcgt(process.pid) & 1 << (signal.SIGTERM - 1)))
+            process.send_signal(signal.SIGTERM)
+            assert connection.recv(1) == bytes([signal.SIGTERM])
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (-signal.SIGTERM, "")
+
+
+def _sigcgt(pid: int) -> int:
+    """The signals that a process handles, as bits."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return int(line.split()[1], 16)
 
 
 @linux
