@@ -34,6 +34,8 @@ from numprune.statistics import Measured
 Row = dict[str, Any]
 
 Model = Annotated[Path, typer.Option(help="Folder of the dense model.")]
+Calibration = Annotated[str, typer.Option(help="Text to calibrate on.")]
+SampleCount = Annotated[int, typer.Option(help="Calibration sequences.")]
 Evaluation = Annotated[str, typer.Option(help="Text to measure perplexity on.")]
 Seeds = Annotated[str, typer.Option(help="Of the draws of calibration sequences.")]
 MaxTokens = Annotated[int, typer.Option(help="Of the evaluation text.")]

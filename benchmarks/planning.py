@@ -12,7 +12,20 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.measuring import BatchSize, Bench, Device, Evaluation, MaxTokens, Model, Output, Row, Seeds, collect
+from benchmarks.measuring import (
+    BatchSize,
+    Bench,
+    Calibration,
+    Device,
+    Evaluation,
+    MaxTokens,
+    Model,
+    Output,
+    Row,
+    SampleCount,
+    Seeds,
+    collect,
+)
 from benchmarks.quality import VARIANTS
 from numprune.calibration import check_data
 from numprune.errors import NumpruneError
@@ -25,12 +38,12 @@ RATIOS = (0.2, 0.5)
 def vary(
     *,
     model: Model = Path("models/reference-llama"),
-    calibration: Annotated[str, typer.Option(help="Text to calibrate on.")] = "data/corpus/calibration.jsonl",
+    calibration: Calibration = "data/corpus/calibration.jsonl",
     evaluation: Evaluation = "data/corpus/evaluation.jsonl",
     tokens: Annotated[str, typer.Option(help="That the rises are measured on.")] = "512,1024,2048,4096,16384",
     seeds: Seeds = "0,1,2",
     recipe: Annotated[str, typer.Option(help="Name from benchmarks/quality.py, of a loss-aware one.")] = "best",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    samples: SampleCount = 128,
     max_tokens: MaxTokens = 65536,
     batch_size: BatchSize = 8,
     device: Device = "auto",

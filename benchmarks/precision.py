@@ -11,7 +11,18 @@ import torch
 import typer
 from torch import Tensor
 
-from benchmarks.measuring import Bench, Device, Evaluation, MaxTokens, Model, Output, Row, collect
+from benchmarks.measuring import (
+    Bench,
+    Calibration,
+    Device,
+    Evaluation,
+    MaxTokens,
+    Model,
+    Output,
+    Row,
+    SampleCount,
+    collect,
+)
 from numprune.calibration import check_data
 from numprune.progress import track
 from numprune.recipe import RECIPES
@@ -25,9 +36,9 @@ ARITHMETIC = (("float64", 8), ("float32", 8), ("float32", 1), ("float32", 32), (
 def precision(
     *,
     model: Model = Path("models/reference-llama"),
-    calibration: Annotated[str, typer.Option(help="Text to calibrate on.")] = "data/corpus/calibration.jsonl",
+    calibration: Calibration = "data/corpus/calibration.jsonl",
     evaluation: Evaluation = "data/corpus/evaluation.jsonl",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    samples: SampleCount = 128,
     seed: Annotated[int, typer.Option(help="Of their draw.")] = 0,
     max_tokens: MaxTokens = 65536,
     device: Device = "auto",

@@ -11,7 +11,20 @@ from typing import Annotated
 import matplotlib
 import typer
 
-from benchmarks.measuring import BatchSize, Bench, Device, Evaluation, MaxTokens, Model, Output, Row, Seeds, collect
+from benchmarks.measuring import (
+    BatchSize,
+    Bench,
+    Calibration,
+    Device,
+    Evaluation,
+    MaxTokens,
+    Model,
+    Output,
+    Row,
+    SampleCount,
+    Seeds,
+    collect,
+)
 from numprune.allocation import Shapes
 from numprune.calibration import check_data
 from numprune.errors import NumpruneError
@@ -60,12 +73,12 @@ _NOTEWORTHY = 0.002
 def compare(
     *,
     model: Model = Path("models/reference-llama"),
-    calibration: Annotated[str, typer.Option(help="Text to calibrate on.")] = "data/corpus/calibration.jsonl",
+    calibration: Calibration = "data/corpus/calibration.jsonl",
     evaluation: Evaluation = "data/corpus/evaluation.jsonl",
     ratios: Annotated[str, typer.Option(help="Of the curves.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7",
     seeds: Seeds = "0,1,2",
     recipes: Annotated[str, typer.Option(help="Names to compare, separated by ;, or all.")] = "all",
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    samples: SampleCount = 128,
     max_tokens: MaxTokens = 65536,
     batch_size: BatchSize = 8,
     device: Device = "auto",
