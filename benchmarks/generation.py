@@ -25,6 +25,7 @@ from numprune.progress import track
 from numprune.pruning import apply_plan
 from numprune.recipe import Recipe
 from numprune.saving import save_pruned
+from tasks.step import run_step
 
 Widths = Literal["equal", "different"]
 _COLUMNS = ("model", "removed", "widths", "tokens/s", "speed-up", "predicted", "reached", "GB/s", "of a copy")
@@ -149,4 +150,4 @@ def _line(name: str, row: Row, ceilings: Ceilings) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(generation)
+    run_step(generation)

@@ -30,10 +30,11 @@ from numprune.cutting import cut, twin
 from numprune.device import resolve_device
 from numprune.plan import Choice
 from numprune.pruning import capture_to
-from numprune.ranks import add_up, is_first, joined, meet, ranks
+from numprune.ranks import add_up, is_first, meet, ranks
 from numprune.recipe import RECIPES, Recipe
 from numprune.shards import INDEX
 from numprune.statistics import Measured
+from tasks.step import run_step
 
 Row = dict[str, Any]
 Shape = Literal["tiny", "llama-1b", "llama-7b", "llama-70b"]
@@ -435,5 +436,4 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    with joined():
-        typer.run(speed)
+    run_step(speed)

@@ -37,6 +37,7 @@ from numprune.convert_commands import app as convert_app
 from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.errors import NumpruneError, reported
+from numprune.memory import use_huge_pages
 from numprune.miniature import miniature
 from numprune.multimodal import language_config
 from numprune.options import BatchSize, Device, Job, Length, Model, Revision, takes_job
@@ -371,6 +372,7 @@ def _with_extra(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def main() -> None:
     """Runs the command line; an error that the user can mend is one message and exit code 2."""
+    use_huge_pages()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with reported(debug="--debug" in sys.argv):

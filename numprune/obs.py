@@ -48,21 +48,38 @@ def removal_order(
     alive = torch.arange(units, device=weight.device)
     order = []
     while len(alive):
-        costs = _costs(inverse, rest, channels)
         # Indices instead of masks: sizes are known, so a GPU is never waited for.
-        ranked = costs.argsort(stable=True)
-        gone, stays = ranked[:at_once], ranked[at_once:].sort().values
+        gone = _costs(inverse, rest, channels).argsort(stable=True)[:at_once]
         order.append(alive[gone])
-        alive = alive[stays]
-        columns, rows = _inputs(gone, channels), _inputs(stays, channels)
-        across = inverse[:, columns]
+        columns = _inputs(gone, channels)
+        across, weights = inverse[:, columns], rest[columns]
+        free, movers = _places(gone, len(alive))
+        alive = _move(alive, free, movers)[: -len(gone)]
+        free, movers, size = _inputs(free, channels), _inputs(movers, channels), len(alive) * channels
+        pivot = across[columns]
+        across = _move(across, free, movers)[:size]
         # Not `solve`, which waits to see whether the matrix is singular: it is definite, as G was damped until it was.
-        solved = torch.linalg.solve_ex(across[columns], torch.cat([across[rows].T, rest[columns]], dim=1)).result
-        taken, weights = solved.split([len(rows), rest.shape[1]], dim=1)
-        # In place: beside the inverse and what stays of it there is no third matrix of its size.
-        inverse = inverse.index_select(0, rows).index_select(1, rows).addmm_(across[rows], taken, alpha=-1)
-        rest = rest.index_select(0, rows).addmm_(across[rows], weights, alpha=-1)
+        taken = torch.linalg.solve_ex(pivot, across, left=False).result
+        # In place, on the leading part: a new matrix of this size costs more than the products.
+        inverse = _move(_move(inverse, free, movers).T, free, movers).T[:size, :size].addmm_(taken, across.T, alpha=-1)
+        rest = _move(rest, free, movers)[:size].addmm_(taken, weights, alpha=-1)
     return torch.cat(order)
+
+
+def _places(gone: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where the last of `count` units move, so that those that stay are in front.
+
+    Returns:
+        The places that become free and the units that move there, in pairs. As many as are gone: of those that are
+        last themselves, place and unit are the same.
+    """
+    last = torch.arange(count - len(gone), count, device=gone.device)
+    stays = (last[:, None] != gone).all(dim=1)
+    return gone.sort().values, last[stays.argsort(stable=True, descending=True)]
+
+
+def _move(rows: Tensor, places: Tensor, movers: Tensor) -> Tensor:
+    return rows.index_copy_(0, places, rows[movers])
 
 
 def _inputs(units: Tensor, channels: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import typer
 
 from numprune.errors import reported
+from numprune.memory import use_huge_pages
 from numprune.ranks import is_under_torchrun, joined
 
 
@@ -22,6 +23,7 @@ def run_step(step: Callable[..., Any], *, shared: bool = False, beside_others: b
     A `NumpruneError` ends the process with exit code 2 and its message as the last thing on standard error, after
     `error: `; `flows/stages.py` reads both.
     """
+    use_huge_pages()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(step)
     with reported():
