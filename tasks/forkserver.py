@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,12 +41,13 @@ from tasks.forked import FORKED, SOCKET, STREAMS, Request, run, run_here
 # What most stages import.
 IMPORTED = (
     "datasets",
-    "dvc.cli",
-    "dvc.commands.repro",
+    "dvc.cli.parser",
     "dvc.repo",
+    "dvc.scm",
     "lm_eval.evaluator",
     "lm_eval.models.huggingface",
     "numprune.pruning",
+    "ruamel.yaml",
     "tasks.accuracy",
     "tasks.images.evaluation",
     "tasks.step",
@@ -102,7 +103,7 @@ def serve(listener: int, imported: Sequence[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     start = time.time_ns()
     _import(imported)
-    code = _modified()
+    code = _modified(_own_files())
     with socket.socket(fileno=listener) as accepting:
         connection = _fork_for_each(accepting, code) if max(code.values(), default=0) < start else None
     if connection is not None:
@@ -112,20 +113,27 @@ def serve(listener: int, imported: Sequence[str]) -> None:
 def _import(names: Sequence[str]) -> None:
     # Asking for a GPU would otherwise leave forked processes unable to use it.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    # What is imported stays: looking for garbage in it would only delay.
+    gc.disable()
     for name in names:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     # Else the first collection in a forked process writes to, and so copies, every page.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
-def _modified() -> dict[Path, int]:
-    """When the files of the modules that were imported from this folder were written, in nanoseconds."""
+def _own_files() -> list[Path]:
+    """Of the modules that were imported from this folder."""
     files = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
     here = Path.cwd()
-    own = (path for path in files if path.is_relative_to(here) and not path.is_relative_to(sys.prefix))
-    return {path: path.stat().st_mtime_ns if path.exists() else 0 for path in own}
+    return [path for path in files if path.is_relative_to(here) and not path.is_relative_to(sys.prefix)]
+
+
+def _modified(files: Iterable[Path]) -> dict[Path, int]:
+    """When files were written, in nanoseconds; 0 for one that is no longer there."""
+    return {path: path.stat().st_mtime_ns if path.exists() else 0 for path in files}
 
 
 def _fork_for_each(listener: socket.socket, code: Mapping[Path, int]) -> socket.socket | None:
@@ -135,7 +143,7 @@ def _fork_for_each(listener: socket.socket, code: Mapping[Path, int]) -> socket.
         if sys.stdin in ready:
             return None
         connection, _ = listener.accept()
-        if _modified() != code:
+        if _modified(code) != code:
             return None
         if os.fork() == 0:
             return connection
