@@ -15,10 +15,12 @@ from flows.environment import prepare_environment
 prepare_environment()
 
 from flows.command import exit_code  # noqa: E402
+from flows.server import start_server  # noqa: E402
 from flows.stages import Ending, is_unchanged, stage_environment, stage_graph  # noqa: E402
 from flows.table import Report, print_table  # noqa: E402
 from tasks.parameters import Parameters, load_parameters  # noqa: E402
 from tasks.publish import find_publication  # noqa: E402
+from tasks.registry.connection import connect  # noqa: E402
 from tasks.summary import all_rows  # noqa: E402
 
 if TYPE_CHECKING:
@@ -51,9 +53,13 @@ def main() -> int:
         from flows.checks import check_inputs
 
         check_inputs(parameters)
-        stage_environment(Path.cwd())  # The fork server imports while Prefect starts.
+        # Both servers start while this process imports the flow and makes the tables of MLflow's database.
+        use_server = start_server()
+        stage_environment(Path.cwd())
         from flows.pipeline import compress
 
+        connect(parameters.registry)
+        use_server()
         return compress(return_state=True)
 
     return exit_code(run)

@@ -1,5 +1,7 @@
 """Settings of Prefect and MLflow that must stand in the environment before either is imported."""
 
+import atexit
+import gc
 import os
 import sys
 from pathlib import Path
@@ -24,6 +26,9 @@ def prepare_environment() -> None:
         defaults["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "true"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    # What is imported stays: looking for garbage in it delays every import, and the end of the process most of all.
+    gc.set_threshold(50_000)
+    atexit.register(gc.freeze)
     # dvc.yaml says `python`; it means the one that runs this.
     folders = os.environ.get("PATH", "").split(os.pathsep)
     own = str(Path(sys.executable).parent)
