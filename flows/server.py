@@ -48,19 +48,25 @@ def start_server() -> Callable[[], None]:
     home.mkdir(parents=True, exist_ok=True)
     log = home / "server.log"
     port = _free_port()
+    address = f"http://{_HOST}:{port}/api"
+    environment = {
+        **os.environ,
+        # The page in the browser asks the address that it was told.
+        "PREFECT_SERVER_UI_API_URL": address,
+        # It delays the first answer, and nobody uses blocks of a server that is there for one run.
+        "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", _SERVE, "--host", _HOST, "--port", str(port)],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # It delays the first answer, and nobody uses blocks of a server that is there for one run.
-            env={**os.environ, "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false"},
+            env=environment,
             start_new_session=True,  # Ctrl-C is for the flow, which then still says how it ended.
         )
     # Prefect sends the last of a run at the end of the process, in functions that are registered after this one.
     atexit.register(_end, process)
-    address = f"http://{_HOST}:{port}/api"
 
     def use() -> None:
         from prefect.context import refresh_global_settings_context

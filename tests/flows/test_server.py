@@ -1,6 +1,7 @@
 """The Prefect server that a run starts where none is configured."""
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -56,6 +58,8 @@ def started(folder: Path) -> Iterator["tuple[subprocess.Popen[str], str]"]:
 def test_it_keeps_the_history_of_the_run_and_ends_with_its_process(tmp_path: Path, killed: bool) -> None:
     with started(tmp_path) as (process, address):
         assert _answers(f"{address}/health")
+        with urlopen(address.replace("/api", "/ui-settings"), timeout=10) as settings:
+            assert json.load(settings)["api_url"] == address
         (server,) = psutil.Process(process.pid).children()
         if killed:
             process.send_signal(signal.SIGKILL)
