@@ -301,8 +301,8 @@ class Work:
         return self.layers * self._floor(forward + grams, summed, ceilings)
 
     def score(self, recipe: Recipe, ceilings: Ceilings) -> float:
-        """A factorisation, for the greedy order two inverses' worth; for rises four trials a block beside the model."""
-        solves = {"obs": 5.0, "newton": 1 / 3}.get(recipe.selection, 0.0)
+        """A factorisation, or two with an inverse and its updates; for rises four trials a block beside the model."""
+        solves = {"obs": 2.0, "newton": 1 / 3}.get(recipe.selection, 0.0)
         double = sum(solves * size**3 + (2 * size**2 * out if solves > 1 else 0) for size, out in self.consumers)
         seconds = self.layers * double / ceilings.double
         if recipe.allocation == "loss_aware":
