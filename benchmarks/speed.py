@@ -272,6 +272,7 @@ class Work:
     layers: int
     block: int
     block_bytes: int
+    head: int
     tokens: float
     planning: int
     consumers: list[tuple[int, int]]
@@ -287,6 +288,7 @@ class Work:
             layers=case.layers,
             block=parameters,
             block_bytes=sum(parameter.nbytes for parameter in block.parameters()),
+            head=model.get_output_embeddings().weight.numel(),
             tokens=case.samples * case.length / ranks(),
             planning=min(max(1, planning // case.length), case.samples) * case.length,
             consumers=[(layer.in_features, layer.out_features) for layer in layers],
@@ -294,9 +296,9 @@ class Work:
         )
 
     def capture(self, ceilings: Ceilings) -> float:
-        """Each token through each block, and G of each consumer: 2 D^2 a token."""
+        """Each token through each block, and half of the symmetric G of each consumer: D^2 a token."""
         forward = 2 * self.block * self.tokens
-        grams = sum(2 * size**2 * self.tokens for size, _ in self.consumers)
+        grams = sum(size**2 * self.tokens for size, _ in self.consumers)
         summed = sum(8 * size**2 for size, _ in self.consumers)
         return self.layers * self._floor(forward + grams, summed, ceilings)
 
@@ -306,9 +308,10 @@ class Work:
         double = sum(solves * size**3 + (2 * size**2 * out if solves > 1 else 0) for size, out in self.consumers)
         seconds = self.layers * double / ceilings.double
         if recipe.allocation == "loss_aware":
-            # The model itself, and its trials, which the ranks share.
+            # The model itself, and its trials, which the ranks share; each ends with the head.
             passes = self.layers + (2 * self.layers * (self.layers + 2) - self.layers) / ranks()
-            seconds += 2 * self.block * self.planning * passes / ceilings.model
+            ends = 1 + 4 * self.layers / ranks()
+            seconds += 2 * self.planning * (self.block * passes + self.head * ends) / ceilings.model
         return seconds
 
     def compensate(self, recipe: Recipe, ceilings: Ceilings) -> float:
@@ -320,7 +323,7 @@ class Work:
         if recipe.recovery == "least_squares":
             return self.layers * solve
         forward = 2 * self.block * (2 - self.ratio) * self.tokens
-        sums = sum(2 * (size**2 + size * out) * self.tokens for size, out in kept)
+        sums = sum((size**2 + 2 * size * out) * self.tokens for size, out in kept)
         summed = sum(8 * (size**2 + size * out) for size, out in kept)
         return self.layers * (self._floor(forward + sums, summed, ceilings) + solve)
 

@@ -29,6 +29,7 @@ from prefect.states import Failed  # noqa: E402
 from flows.checks import check_inputs  # noqa: E402
 from flows.command import exit_code  # noqa: E402
 from flows.pipeline import reproduce_all, show_table  # noqa: E402
+from flows.server import start_server  # noqa: E402
 from flows.stages import Ending  # noqa: E402
 from flows.table import counted  # noqa: E402
 from numprune.errors import NumpruneError  # noqa: E402
@@ -128,6 +129,7 @@ def main(
 
     def run() -> State[Any]:
         _asked(**asked)  # A mistake is said before Prefect's server is started.
+        start_server()()
         return sweep(**asked, return_state=True)
 
     sys.exit(exit_code(run))

@@ -10,6 +10,7 @@ prepare_environment()
 from prefect import Task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
+from flows.server import start_server  # noqa: E402
 from numprune.errors import reported  # noqa: E402
 from tasks.parameters import load_parameters  # noqa: E402
 
@@ -23,5 +24,6 @@ def print_figures(training: Callable[[], dict[str, Any]]) -> None:
     """Runs a flow and prints the figures of the card."""
     with reported():
         load_parameters()
+        start_server()()
         for name, value in training().items():
             print(f"{name}: {value}")

@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State  # noqa: E402
 from prefect.states import Completed, Failed  # noqa: E402
 
 from flows.notification import load_notifier  # noqa: E402
+from flows.server import start_server  # noqa: E402
 from flows.stages import Ending  # noqa: E402
 from numprune.errors import NumpruneError, reported  # noqa: E402
 from tasks.parameters import load_parameters  # noqa: E402
@@ -86,6 +87,7 @@ def main() -> int:
     """Runs the flow; returns 0, or 1 if anything disagrees."""
     with reported():
         load_parameters()
+        start_server()()
         state = verify(return_state=True)
     print(state.message)
     return 0 if state.is_completed() else 1

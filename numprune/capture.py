@@ -20,7 +20,8 @@ from numprune.memory import HiddenStates, is_out_of_memory
 from numprune.ranks import add_up, own_share
 from numprune.resume import Saved
 from numprune.samples import Samples
-from numprune.statistics import BlockStatistics, Moments, product
+from numprune.second_moments import SecondMoments, products
+from numprune.statistics import BlockStatistics, Moments
 from numprune.streaming import visit
 
 _LOGGER = logging.getLogger(__name__)
@@ -125,10 +126,11 @@ class Arguments:
         return self._of_size[size]
 
     def present(self, start: int, size: int) -> Tensor | None:
-        """(size, length) bool: which tokens of so many samples from one on are no padding; None: all of them."""
+        """Indices of the tokens of so many samples from one on that are no padding; None: all of them."""
         if "attention_mask" not in self._samples.inputs:
             return None
-        return self._samples[start : start + size].present().to(self._device)
+        # Counted where samples are: on a GPU it would be waited for how many there are.
+        return self._samples[start : start + size].present().flatten().nonzero().squeeze(1).to(self._device)
 
     def through(self, index: int, block: nn.Module, hidden: HiddenStates) -> Iterator[Tensor]:
         """Batch by batch, hidden states after a block."""
@@ -185,9 +187,9 @@ class Arguments:
 
 
 def token_rows(states: Tensor, present: Tensor | None) -> Tensor:
-    """(tokens, D) of (..., D) states: of all tokens, or of those that are present."""
+    """(tokens, D) of (..., D) states: of all tokens, or of those whose indices are given."""
     rows = states.flatten(0, -2)
-    return rows if present is None else rows[present.flatten()]
+    return rows if present is None else rows[present]
 
 
 class _Recorder(nn.Module):
@@ -233,28 +235,28 @@ class _Accumulator:
         size, device = consumer.in_features, consumer.weight.device
         self.consumer = consumer
         self.precision = torch.promote_types(consumer.weight.dtype, torch.float32)
-        self.gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.gram = SecondMoments(size, device)
         self.sum = torch.zeros(size, dtype=torch.float64, device=device)
         self.count = 0
         self.present: Tensor | None = None
-        self._seen: tuple[Tensor, Tensor, int]
+        self._seen: tuple[list[Tensor], Tensor, int]
 
     def observe(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = token_rows(inputs[0], self.present)
-        self._seen = product(rows, rows), rows.sum(0, dtype=torch.float64), len(rows)
+        self._seen = products(rows), rows.sum(0, dtype=torch.float64), len(rows)
 
     def add(self) -> None:
         """Counts what was seen last: not before the block is through, as a batch may be tried again in halves."""
-        gram, total, count = self._seen
+        stripes, total, count = self._seen
         del self._seen
-        self.gram += gram
+        self.gram.add(stripes)
         self.sum += total
         self.count += count
 
     def moments(self) -> Moments:
-        count = torch.tensor(self.count)
-        add_up(self.gram, self.sum, count)
-        return Moments(self.gram.to(self.precision), (self.sum / count).to(self.precision), int(count.item()))
+        gram, count = self.gram.total(), torch.tensor(self.count)
+        add_up(gram, self.sum, count)
+        return Moments(gram.to(self.precision), (self.sum / count).to(self.precision), int(count.item()))
 
 
 @contextmanager

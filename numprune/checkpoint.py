@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -260,10 +261,15 @@ def weight_files(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the configuration and the weights of a model folder."""
     digest = hashlib.sha256()
-    for path in (folder / "config.json", *weight_files(folder)):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    with ThreadPoolExecutor() as readers:
+        for of_file in readers.map(_digest, (folder / "config.json", *weight_files(folder))):
+            digest.update(of_file)
     return digest.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def check_output(folder: Path, needed_bytes: int) -> None:

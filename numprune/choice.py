@@ -101,18 +101,19 @@ def _rank_together(
     """
     rankings: dict[str, Ranking] = {}
     groups, blocks = prunable_groups(model), decoder_blocks(model)
+    place = measured.device or model.device
     end = min(start + _BLOCKS_TOGETHER, len(blocks))
     last = len(blocks) if probe else end
-    for index, block in visit(blocks[:last], measured.device or model.device, first=start):
+    statistics = measured.blocks(range(start, end))
+    for index, block in visit(blocks[:last], place, first=start):
         if probe:
             probe.follow(index, block)
         if index >= end:
             through()
             continue
-        of_block = measured.block(index)
+        of_block = next(statistics)
         for group in groups[index]:
-            layer, moments = linear(block, group.consumer), of_block.moments[group.name]
-            moments = moments.to(layer.weight.device)
+            layer, moments = linear(block, group.consumer), of_block.moments[group.name].to(place)
             damping = moments.damping(recipe.damping)
             rankings[group.name] = rank(
                 group,

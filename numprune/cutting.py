@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel
 
 from numprune.architectures import PrunableGroup, decoder_blocks, linear, prunable_groups
 from numprune.files import replace_on_success
-from numprune.ranks import is_first, meet
+from numprune.memory import in_main_memory
+from numprune.overlap import WriteBehind
+from numprune.ranks import is_first
 from numprune.recovery import Recovery, Streams
 from numprune.resume import Saved, writing
 from numprune.slicing import Compensation, slice_block
@@ -69,21 +72,25 @@ def cut(
         assert work is not None
         blocks[index] = _restored(blocks[index], groups[index], kept, _path(work, index))
         yield index
-    for index, dense in visit(blocks, place, first=first):
-        if streams:
-            streams.save(saved)
-        stays = {group.name: kept[group.name].to(place) for group in groups[index]}
-        moments = None
-        if measured and compensation != "none":
-            # To the device as they are: what is made of them, in float64, is twice as large and is made there.
-            moments = {name: found.to(place) for name, found in measured.block(index).moments.items()}
-        while True:
-            pruned = _copy(dense)
-            slice_block(pruned, groups[index], stays, compensation=compensation, moments=moments, damping=damping)
-            if streams is None or streams.recover(dense, pruned, groups[index], stays, refit=recovery == "refit"):
-                break
-        blocks[index] = pruned.to(home) if work is None else _written(pruned, _path(work, index))
-        yield index
+    statistics = measured.blocks(range(first, len(blocks))) if measured and compensation != "none" else None
+    with WriteBehind() as writer:
+        for index, dense in visit(blocks, place, first=first):
+            if streams:
+                streams.save(saved, before=writer.settle)
+            stays = {group.name: kept[group.name].to(place) for group in groups[index]}
+            moments = None
+            if statistics:
+                # To the device as they are: what is made of them, in float64, is twice as large and is made there.
+                moments = {name: found.to(place) for name, found in next(statistics).moments.items()}
+            while True:
+                pruned = _copy(dense)
+                slice_block(pruned, groups[index], stays, compensation=compensation, moments=moments, damping=damping)
+                if streams is None or streams.recover(dense, pruned, groups[index], stays, refit=recovery == "refit"):
+                    break
+            del dense, moments
+            blocks[index] = pruned.to(home) if work is None else _stored(pruned, _path(work, index), writer)
+            yield index
+        writer.settle()
     if streams and recovery == "refit":
         streams.refit_last_norm(model)
 
@@ -106,14 +113,19 @@ def _made(work: Path | None, blocks: int) -> int:
     return next((index for index in range(blocks) if not _path(work, index).exists()), blocks)
 
 
-def _written(block: nn.Module, path: Path) -> nn.Module:
+def _stored(block: nn.Module, path: Path, writer: WriteBehind) -> nn.Module:
+    """The block, which from now on lies in a file that is being written, and is to be settled before it is read."""
+    writer.settle()
     if is_first():
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in block.state_dict().items()}
-        with writing(path.parent), replace_on_success(path) as temporary:
-            save_file(tensors, temporary)
-    meet()
+        tensors = {name: tensor.contiguous() for name, tensor in block.state_dict().items()}
+        writer.begin(partial(_write, in_main_memory(tensors), path))
     store(block, {name: (path, name) for name in block.state_dict()})
     return block
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    with writing(path.parent), replace_on_success(path) as temporary:
+        save_file(dict(tensors), temporary)
 
 
 def _restored(dense: nn.Module, groups: Sequence[PrunableGroup], kept: Mapping[str, Tensor], path: Path) -> nn.Module:

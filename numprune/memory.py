@@ -3,7 +3,7 @@
 import os
 import resource
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -64,6 +64,15 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     # Allocators of main memory and the libraries that compute on a GPU have no type of their own for it.
     messages = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
+
+
+def in_main_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in main memory, to be read at once."""
+    # From a GPU this is to pinned memory, which takes a fraction of the time. It has to be waited for.
+    moved = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return moved
 
 
 def place_for(size: int, device: torch.device) -> Place:

@@ -4,7 +4,7 @@ capture_to(folder)  ->  choose_units  ->  make_plan  ->  apply_plan  ->  checkpo
 """
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +15,9 @@ from numprune.architectures import decoder_blocks, prunable_groups
 from numprune.capture import capture
 from numprune.cutting import cut
 from numprune.errors import NumpruneError
+from numprune.overlap import WriteBehind
 from numprune.plan import PruningPlan
-from numprune.ranks import is_first, meet
+from numprune.ranks import is_first
 from numprune.recovery import Recovery
 from numprune.samples import Samples
 from numprune.statistics import BlockStatistics, Damping, Measured
@@ -40,21 +41,16 @@ def capture_to(
     if work and all(BlockStatistics.is_saved(folder, block) for block in blocks):
         yield from blocks
         return
-    begun: Future[None] | None = None
     index: int | None = None
-
-    def settle() -> None:
-        if begun:
-            begun.result()
-        meet()  # Of several ranks, which have the same statistics, the first one writes.
-
-    with ThreadPoolExecutor(1, "write-statistics") as writer:
+    with WriteBehind() as writer:
+        settle = writer.settle
         for statistics in capture(model, samples, batch_size=batch_size, device=device, work=work, settle=settle):
             if index is not None:
                 settle()
                 yield index
             index = statistics.block
-            begun = writer.submit(statistics.in_main_memory().save, folder) if is_first() else None
+            if is_first():
+                writer.begin(partial(statistics.in_main_memory().save, folder))
             del statistics
         if index is not None:
             settle()

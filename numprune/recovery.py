@@ -30,7 +30,7 @@ with `refit` their weights are refitted like the last norm's, from what the prun
 one's does on the channels that stay.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ from numprune.memory import HiddenStates, is_out_of_memory
 from numprune.ranks import add_up, largest, own_share
 from numprune.resume import Saved
 from numprune.samples import Samples
-from numprune.statistics import product
+from numprune.second_moments import SecondMoments, product, products
 
 Recovery = Literal["none", "bias", "least_squares", "sequential", "refit"]
 
@@ -90,19 +90,20 @@ class _Regression:
     """Streams the normal equations of a linear layer's new weight over batches, in float64 sums of float32 products."""
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
-        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self._gram = SecondMoments(inputs, device)
         self.cross = torch.zeros(targets, inputs, dtype=torch.float64, device=device)
 
     def add(self, inputs: Tensor, targets: Tensor, present: Tensor | None) -> None:
         rows, wanted = token_rows(inputs, present), token_rows(targets, present)
-        self.gram += product(rows, rows)
+        self._gram.add(products(rows))
         self.cross += product(wanted, rows)
 
     def factor(self, ridge: float, subject: str) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of the damped Gram matrix of all ranks, and gamma; what is added later is lost."""
-        _add_up(self.gram, self.cross)
-        gamma = ridge * self.gram.diagonal().mean()
-        return damped_cholesky(self.gram, ridge, subject=subject)[0], gamma
+        gram = self._gram.total()
+        _add_up(gram, self.cross)
+        gamma = ridge * gram.diagonal().mean()
+        return damped_cholesky(gram, ridge, subject=subject)[0], gamma
 
 
 class Streams:
@@ -138,9 +139,9 @@ class Streams:
         self._index = saved.load([self._dense, self._pruned], most=most)
         return self._index
 
-    def save(self, saved: Saved) -> None:
-        """Saves both streams."""
-        saved.save(self._index, [self._dense, self._pruned])
+    def save(self, saved: Saved, *, before: Callable[[], object]) -> None:
+        """Saves both streams, see `Saved.save`."""
+        saved.save(self._index, [self._dense, self._pruned], before=before)
 
     @torch.no_grad()
     def recover(
@@ -343,7 +344,7 @@ class Streams:
             yield states, self._arguments.of(start, len(states))[self._index]
 
     def _present(self) -> Iterator[Tensor | None]:
-        """For every batch which tokens are no padding."""
+        """For every batch the indices of the tokens that are no padding; None: all of them."""
         return (self._arguments.present(start, end - start) for start, end in self._pruned.bounds)
 
 

@@ -1,9 +1,10 @@
 """Statistics of calibration inputs, one decoder block a file."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from numprune.cholesky import shrinkage
 from numprune.files import replace_on_success
+from numprune.memory import in_main_memory
+from numprune.overlap import read_ahead
 from numprune.resume import writing
 from numprune.samples import Samples
 
@@ -33,8 +36,9 @@ class Moments:
     count: int
 
     def to(self, device: torch.device) -> "Moments":
-        """The same on a device."""
-        return Moments(self.gram.to(device), self.mean.to(device), self.count)
+        """The same on a device; from pinned memory, a GPU copies them when it comes to that."""
+        ahead = device.type == "cuda"
+        return Moments(self.gram.to(device, non_blocking=ahead), self.mean.to(device, non_blocking=ahead), self.count)
 
     def damping(self, setting: Damping) -> float:
         """Damping relative to the mean diagonal: the setting, or with `auto` what `shrinkage` says."""
@@ -50,13 +54,11 @@ class BlockStatistics:
 
     def in_main_memory(self) -> "BlockStatistics":
         """The same in main memory."""
-        # From a GPU this is to pinned memory, which takes a fraction of the time. It has to be waited for.
+        tensors = in_main_memory(self._tensors())
         moments = {
-            name: Moments(of.gram.to("cpu", non_blocking=True), of.mean.to("cpu", non_blocking=True), of.count)
+            name: Moments(tensors[f"{name}.gram"], tensors[f"{name}.mean"], of.count)
             for name, of in self.moments.items()
         }
-        for device in {of.gram.device for of in self.moments.values() if of.gram.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
         return BlockStatistics(self.block, moments)
 
     def save(self, folder: Path) -> None:
@@ -65,13 +67,10 @@ class BlockStatistics:
         Raises:
             NumpruneError: If it cannot be written.
         """
-        tensors: dict[str, Tensor] = {}
-        for name, moments in self.in_main_memory().moments.items():
-            tensors |= {f"{name}.gram": moments.gram, f"{name}.mean": moments.mean}
         # One entry: safetensors writes several in random order, and the same statistics shall be the same bytes.
         counts = json.dumps({name: moments.count for name, moments in self.moments.items()})
         with writing(folder), replace_on_success(_path(folder, self.block)) as temporary:
-            save_file(tensors, temporary, {"counts": counts})
+            save_file(in_main_memory(self._tensors()), temporary, {"counts": counts})
 
     @staticmethod
     def is_saved(folder: Path, block: int) -> bool:
@@ -79,27 +78,21 @@ class BlockStatistics:
         return _path(folder, block).exists()
 
     @classmethod
-    def load(cls, folder: Path, block: int) -> "BlockStatistics":
-        """Reads one block's file from a folder."""
+    def load(cls, folder: Path, block: int, *, pinned: bool = False) -> "BlockStatistics":
+        """Reads one block's file from a folder; into memory that a GPU copies from by itself, if `pinned`."""
         with safe_open(_path(folder, block), "pt") as file:
             counts = json.loads(file.metadata()["counts"])
             moments = {
-                name: Moments(file.get_tensor(f"{name}.gram"), file.get_tensor(f"{name}.mean"), count)
+                name: Moments(_read(file, f"{name}.gram", pinned), _read(file, f"{name}.mean", pinned), count)
                 for name, count in counts.items()
             }
         return cls(block, moments)
 
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right over (N, ...) rows: a share of second moments, accumulated in at least float32.
-
-    In bfloat16 and float16 a GPU's tensor cores take the rows as they are: the products are exact in float32, in which
-    they are added up. Elsewhere rows are multiplied in float32, without TF32, or in float64 if they are.
-    """
-    if left.is_cuda and left.dtype == right.dtype and left.dtype in {torch.bfloat16, torch.float16}:
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    precision = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    return left.to(precision).T @ right.to(precision)
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, moments in self.moments.items():
+            tensors |= {f"{name}.gram": moments.gram, f"{name}.mean": moments.mean}
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -123,6 +116,19 @@ class Measured:
     def block(self, index: int) -> BlockStatistics:
         """The statistics of one block."""
         return BlockStatistics.load(self.statistics, index)
+
+    def blocks(self, indices: Iterable[int]) -> Iterator[BlockStatistics]:
+        """The statistics of one block after the other; while one is worked with, a thread reads the next."""
+        pinned = self.device is not None and self.device.type == "cuda"
+        return read_ahead(lambda index: BlockStatistics.load(self.statistics, index, pinned=pinned), indices)
+
+
+def _read(file: Any, name: str, pinned: bool) -> Tensor:
+    mapped = file.get_tensor(name)
+    tensor = torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=pinned)
+    # By numpy: for every thread that it copies in, torch starts a team of others.
+    tensor.numpy()[...] = mapped.numpy()
+    return tensor
 
 
 def _path(folder: Path, block: int) -> Path:

@@ -18,7 +18,8 @@ from numprune.memory import HiddenStates, free_memory
 from numprune.perplexity import window_losses
 from numprune.pruning import capture_to
 from numprune.recipe import RECIPES, Recipe
-from numprune.statistics import Measured, product
+from numprune.second_moments import product
+from numprune.statistics import Measured
 from numprune.streaming import visit
 from tests.numprune.conftest import CONFIGS, SIZES, random_model
 
