@@ -303,9 +303,9 @@ class Work:
         return self.layers * self._floor(forward + grams, summed, ceilings)
 
     def score(self, recipe: Recipe, ceilings: Ceilings) -> float:
-        """A factorisation, or two with an inverse and its updates; for rises four trials a block beside the model."""
-        solves = {"obs": 2.0, "newton": 1 / 3}.get(recipe.selection, 0.0)
-        double = sum(solves * size**3 + (2 * size**2 * out if solves > 1 else 0) for size, out in self.consumers)
+        """W^T W and a factorisation, or an inverse and its updates; for rises four trials a block beside the model."""
+        solves, rows = {"obs": (2.0, 2), "newton": (1 / 3, 1)}.get(recipe.selection, (0.0, 0))
+        double = sum(solves * size**3 + rows * size**2 * out for size, out in self.consumers)
         seconds = self.layers * double / ceilings.double
         if recipe.allocation == "loss_aware":
             # The model itself, and its trials, which the ranks share; each ends with the head.

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from numprune.cholesky import damped_cholesky
+from numprune.cholesky import cholesky, damped_cholesky
 from numprune.errors import NumpruneError
 from numprune.newton import curvature
 
@@ -96,7 +96,7 @@ def _kept(matrix: Tensor, ratio: float, softness: float, subject: str) -> Tensor
             and stationarity.abs().max().item() <= max(rounding, _TOLERANCE * gradient.abs().max().item())
         ):
             return t.clamp(0, 1)
-        factor, info = torch.linalg.cholesky_ex(matrix + torch.diag(p / w + q / t))
+        factor, info = cholesky(matrix + torch.diag(p / w + q / t))
         if info.item() != 0:
             break
 

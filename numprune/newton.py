@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from numprune.cholesky import damped_cholesky
+from numprune.second_moments import SecondMoments, products
 
 
 def newton_direction(
@@ -44,7 +45,9 @@ def newton_direction(
     channels = weight.shape[1]
     factor, used = damped_cholesky(matrix, damping, subject=subject)
     ones = torch.ones(channels, 1, dtype=torch.float64, device=weight.device)
-    u = torch.cholesky_solve(ones, factor).squeeze(1)
+    # Not `cholesky_solve`, which copies the factor.
+    half = torch.linalg.solve_triangular(factor, ones, upper=False)
+    u = torch.linalg.solve_triangular(factor.T, half, upper=True).squeeze(1)
     # 1/lambda + s instead of (1 + lambda s)/lambda: it holds at infinity too.
     return channels * u / (1 / penalty + u.sum()), used
 
@@ -90,5 +93,6 @@ def curvature(gram: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"weight must be (D_out, D), got {tuple(weight.shape)}")
     if gram.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"gram must be {(weight.shape[1],) * 2} to fit the weight, got {tuple(gram.shape)}")
-    weight = weight.double()
-    return (weight.T @ weight).mul_(gram)
+    products_of_weights = SecondMoments(len(gram), weight.device)
+    products_of_weights.add(products(weight.double()))
+    return products_of_weights.total().mul_(gram)

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numprune.cholesky import shrinkage
+from numprune import cholesky as module
+from numprune.cholesky import cholesky, shrinkage
 
 
 def oracle_approximating(x: np.ndarray) -> float:
@@ -15,6 +16,32 @@ def oracle_approximating(x: np.ndarray) -> float:
     upper = (1 - 2 / p) * trace_of_square + trace**2
     lower = (n + 1 - 2 / p) * (trace_of_square - trace**2 / p)
     return min(upper / lower, 1)
+
+
+@pytest.fixture
+def narrow_panels(monkeypatch):
+    monkeypatch.setattr(module, "_PANEL", 8)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 16, 29])
+@pytest.mark.usefixtures("narrow_panels")
+def test_the_factor_is_that_of_lapack(size):
+    x = torch.randn(size, 2 * size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    matrix = x @ x.T
+    before = matrix.clone()
+    factor, info = cholesky(matrix)
+    assert info == 0
+    torch.testing.assert_close(factor, torch.linalg.cholesky(matrix), rtol=1e-10, atol=1e-12)
+    assert factor.stride() == torch.linalg.cholesky(matrix).stride()
+    assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 20])
+@pytest.mark.usefixtures("narrow_panels")
+def test_a_matrix_that_is_not_definite_is_said_to_be(at):
+    matrix = torch.eye(21, dtype=torch.float64)
+    matrix[at, at] = -1
+    assert cholesky(matrix)[1] > 0
 
 
 @settings(deadline=None)
