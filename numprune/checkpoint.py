@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -261,7 +262,7 @@ def weight_files(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the configuration and the weights of a model folder."""
     digest = hashlib.sha256()
-    with ThreadPoolExecutor() as readers:
+    with ThreadPoolExecutor(os.cpu_count()) as readers:  # Hashing is work for a core, not waiting for a disk.
         for of_file in readers.map(_digest, (folder / "config.json", *weight_files(folder))):
             digest.update(of_file)
     return digest.hexdigest()

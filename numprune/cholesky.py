@@ -55,6 +55,8 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The lower factor, column by column in memory, as LAPACK has it; and a scalar, 0 if the matrix is definite.
     """
+    if len(matrix) <= _PANEL:
+        return torch.linalg.cholesky_ex(matrix)
     factor = matrix.clone(memory_format=torch.contiguous_format).T
     infos = []
     for start in range(0, len(matrix), _PANEL):

@@ -42,10 +42,9 @@ def compensate(gram: Tensor, weight: Tensor, keep: Tensor, damping: float = 0.0,
     kept, pruned = _partition(keep.to(weight.device), channels)
     if not pruned.numel():
         return weight[:, kept]
-    gram = gram.to(weight.device, torch.float64)
-    exact = weight.double()
-    factor, _ = damped_cholesky(gram[kept][:, kept], damping, subject=subject)
-    taken_over = torch.cholesky_solve(gram[kept][:, pruned] @ exact[:, pruned].T, factor)
+    rows, exact = gram.to(weight.device)[kept].double(), weight.double()
+    factor, _ = damped_cholesky(rows[:, kept], damping, subject=subject)
+    taken_over = torch.cholesky_solve(rows[:, pruned] @ exact[:, pruned].T, factor)
     return (exact[:, kept] + taken_over.T).to(weight.dtype)
 
 

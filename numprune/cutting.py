@@ -87,7 +87,7 @@ def cut(
                 slice_block(pruned, groups[index], stays, compensation=compensation, moments=moments, damping=damping)
                 if streams is None or streams.recover(dense, pruned, groups[index], stays, refit=recovery == "refit"):
                     break
-            del dense, moments
+            del moments  # Before those of the next block come.
             blocks[index] = pruned.to(home) if work is None else _stored(pruned, _path(work, index), writer)
             yield index
         writer.settle()
@@ -118,7 +118,11 @@ def _stored(block: nn.Module, path: Path, writer: WriteBehind) -> nn.Module:
     writer.settle()
     if is_first():
         tensors = {name: tensor.contiguous() for name, tensor in block.state_dict().items()}
-        writer.begin(partial(_write, in_main_memory(tensors), path))
+        write = partial(_write, in_main_memory(tensors), path)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            writer.begin(write)
+        else:
+            write()  # It takes little of a CPU's time, and meanwhile the block would take memory beside the next one.
     store(block, {name: (path, name) for name in block.state_dict()})
     return block
 

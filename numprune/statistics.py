@@ -79,7 +79,7 @@ class BlockStatistics:
 
     @classmethod
     def load(cls, folder: Path, block: int, *, pinned: bool = False) -> "BlockStatistics":
-        """Reads one block's file from a folder; into memory that a GPU copies from by itself, if `pinned`."""
+        """One block's file in a folder: mapped, or read into memory that a GPU copies from by itself, if `pinned`."""
         with safe_open(_path(folder, block), "pt") as file:
             counts = json.loads(file.metadata()["counts"])
             moments = {
@@ -118,17 +118,15 @@ class Measured:
         return BlockStatistics.load(self.statistics, index)
 
     def blocks(self, indices: Iterable[int]) -> Iterator[BlockStatistics]:
-        """The statistics of one block after the other; while one is worked with, a thread reads the next."""
-        pinned = self.device is not None and self.device.type == "cuda"
-        return read_ahead(lambda index: BlockStatistics.load(self.statistics, index, pinned=pinned), indices)
+        """The statistics of one block after the other; for a GPU, a thread reads the next while it works with one."""
+        if self.device is None or self.device.type != "cuda":
+            return map(self.block, indices)
+        return read_ahead(lambda index: BlockStatistics.load(self.statistics, index, pinned=True), indices)
 
 
 def _read(file: Any, name: str, pinned: bool) -> Tensor:
-    mapped = file.get_tensor(name)
-    tensor = torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=pinned)
-    # By numpy: for every thread that it copies in, torch starts a team of others.
-    tensor.numpy()[...] = mapped.numpy()
-    return tensor
+    tensor: Tensor = file.get_tensor(name)
+    return tensor.pin_memory() if pinned else tensor
 
 
 def _path(folder: Path, block: int) -> Path:

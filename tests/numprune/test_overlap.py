@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from numprune.overlap import WriteBehind, read_ahead
-from numprune.pruning import capture_to
-from numprune.statistics import Measured
 
 SECONDS = 30.0
 
@@ -86,15 +84,3 @@ def test_what_writing_raises_is_raised_once_by_settling():
         with pytest.raises(OSError, match="full"):
             writer.settle()
         writer.settle()
-
-
-def test_statistics_read_ahead_are_those_of_each_block(llama, input_ids, tmp_path):
-    list(capture_to(tmp_path, llama, input_ids, batch_size=6))
-    measured = Measured(tmp_path, input_ids)
-    for index, found in zip(range(1, 3), measured.blocks(range(1, 3)), strict=True):
-        expected = measured.block(index)
-        assert (found.block, found.moments.keys()) == (index, expected.moments.keys())
-        for name, moments in expected.moments.items():
-            assert torch.equal(found.moments[name].gram, moments.gram)
-            assert torch.equal(found.moments[name].mean, moments.mean)
-            assert found.moments[name].count == moments.count

@@ -39,8 +39,8 @@ elif what == "kill":
     os.kill(os.getpid(), 9)
 elif what == "wait":
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    print(os.getpid(), child.pid, flush=True)
     try:
+        print(os.getpid(), child.pid, flush=True)
         time.sleep(60)
     finally:
         child.wait()
