@@ -46,8 +46,8 @@ def shrinkage(gram: Tensor, count: int) -> float:
 def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Factors a symmetric positive definite matrix, panel by panel.
 
-    PyTorch's own factorisation of a large matrix takes up to twice as long on a CPU: afterwards it sets what is above
-    the diagonal to zero across the order of its memory.
+    PyTorch's own factorisation of a large matrix takes longer on a CPU: it copies the matrix across the order of its
+    memory before.
 
     Args:
         matrix: (D, D).

@@ -93,6 +93,6 @@ def curvature(gram: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"weight must be (D_out, D), got {tuple(weight.shape)}")
     if gram.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"gram must be {(weight.shape[1],) * 2} to fit the weight, got {tuple(gram.shape)}")
-    products_of_weights = SecondMoments(len(gram), weight.device)
-    products_of_weights.add(products(weight.double()))
-    return products_of_weights.total().mul_(gram)
+    moments = SecondMoments(len(gram), weight.device)
+    moments.add(products(weight.double()))
+    return moments.total().mul_(gram)
