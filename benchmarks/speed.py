@@ -336,6 +336,7 @@ class Work:
 def _shared_folder(folder: Path) -> Iterator[Path]:
     """A folder that all ranks see while they need it."""
     if is_first():
+        shutil.rmtree(folder, ignore_errors=True)  # Of a run that was killed.
         folder.mkdir()
     meet()
     try:
