@@ -83,7 +83,7 @@ def speed(
     rows: list[Row] = []
     output.mkdir(parents=True, exist_ok=True)
     for case in cases:
-        with _shared_folder(output / "model") as folder:
+        with _shared_folder(output / ".random-model") as folder:
             traces = output if profile and is_first() else None
             bench = Bench(case, folder, place, batch_size=batch_size, planning=planning_tokens, traces=traces)
             for name, recipe in (("best", RECIPES["best"]), ("paper", RECIPES["paper"]), ("FLAP", FLAP)):
