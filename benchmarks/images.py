@@ -43,7 +43,7 @@ def compare(
     ] = Path("artifacts/reference-llamagen/calibration.safetensors"),
     ratios: Annotated[str, typer.Option(help="Shares of the layers' parameters to remove.")] = "0.1,0.15,0.2,0.5",
     recipes: Annotated[str, typer.Option(help="Names from benchmarks/quality.py, separated by ;.")] = "best;paper;FLAP",
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     device: Device = "auto",
     output: Output = Path("report/images"),
 ) -> None:

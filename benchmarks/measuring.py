@@ -39,7 +39,7 @@ SampleCount = Annotated[int, typer.Option(help="Calibration sequences.")]
 Evaluation = Annotated[str, typer.Option(help="Text to measure perplexity on.")]
 Seeds = Annotated[str, typer.Option(help="Of the draws of calibration sequences.")]
 MaxTokens = Annotated[int, typer.Option(help="Of the evaluation text.")]
-BatchSize = Annotated[int, typer.Option(help="Sequences that are computed together.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences that are computed together.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Output = Annotated[
     Path, typer.Option(help="Folder for rows and what is made of them; rows that are there are not measured again.")
@@ -62,7 +62,7 @@ class Bench:
     folder: Path
     evaluation: str
     max_tokens: int
-    batch_size: int
+    batch_size: int | None
     device: str
     dtype: torch.dtype | None = None
     model: PreTrainedModel = field(init=False)

@@ -45,7 +45,7 @@ def vary(
     recipe: Annotated[str, typer.Option(help="Name from benchmarks/quality.py, of a loss-aware one.")] = "best",
     samples: SampleCount = 128,
     max_tokens: MaxTokens = 65536,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     device: Device = "auto",
     output: Output = Path("report/planning"),
 ) -> None:

@@ -80,7 +80,7 @@ def compare(
     recipes: Annotated[str, typer.Option(help="Names to compare, separated by ;, or all.")] = "all",
     samples: SampleCount = 128,
     max_tokens: MaxTokens = 65536,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     device: Device = "auto",
     output: Output = Path("report/quality"),
 ) -> None:

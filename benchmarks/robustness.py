@@ -26,7 +26,7 @@ def spread(
     samples: Annotated[str, typer.Option(help="Numbers of calibration sequences.")] = "16,64,256,1024",
     seeds: Seeds = "0,1,2",
     max_tokens: MaxTokens = 65536,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     device: Device = "auto",
     output: Output = Path("report/robustness"),
 ) -> None:

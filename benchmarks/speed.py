@@ -6,13 +6,10 @@ python -m benchmarks.speed --help
 import json
 import platform
 import shutil
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,9 +17,10 @@ import torch
 import typer
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from numprune.architectures import decoder_blocks, linear, prunable_groups
+from benchmarks.floor import Ceilings, Work, model_dtype, wait_for
+from benchmarks.measuring import BatchSize, Device
 from numprune.budget import Budget, to_remove
 from numprune.checkpoint import load_shapes, open_model
 from numprune.choice import choose_units, rank_model
@@ -30,7 +28,7 @@ from numprune.cutting import cut, twin
 from numprune.device import resolve_device
 from numprune.plan import Choice
 from numprune.pruning import capture_to
-from numprune.ranks import add_up, is_first, meet, ranks
+from numprune.ranks import is_first, meet, ranks
 from numprune.recipe import RECIPES, Recipe
 from numprune.shards import INDEX
 from numprune.statistics import Measured
@@ -52,13 +50,13 @@ FLAP = Recipe(selection="flap", allocation="global", recovery="bias")
 def speed(
     *,
     shape: Annotated[Shape, typer.Option(help="Of the model.")] = "tiny",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Device = "auto",
     layers: Annotated[
         int | None, typer.Option(min=1, help="Fewer than the shape has; nothing is extrapolated.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that are computed together.")] = 8,
+    batch_size: BatchSize = None,
     planning_tokens: Annotated[int, typer.Option(min=1, help="That rises are measured on.")] = RECIPES[
         "best"
     ].planning_tokens,
@@ -102,50 +100,6 @@ def speed(
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What a device reaches.
-
-    Attributes:
-        model: Operations a second of matrix products in the type that the model computes in.
-        double: The same in float64, in which equations are solved.
-        memory: Bytes a second of a copy, read and written.
-        reading: Bytes a second from a file that was just written.
-        sums: Bytes a second that are added up over all ranks; None if there is one.
-    """
-
-    model: float
-    double: float
-    memory: float
-    reading: float
-    sums: float | None
-
-    @classmethod
-    def measured(cls, device: torch.device) -> "Ceilings":
-        """Times large products, a copy, and the reading of a file."""
-        size = 8192 if device.type == "cuda" else 2048
-        of_type = {}
-        for dtype in (_dtype(device), torch.float64):
-            left = torch.randn(size, size, device=device, dtype=dtype)
-            of_type[dtype] = 2 * size**3 / _seconds(partial(torch.mm, left, left), device)
-        block = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-        # Into memory that is there: on a CPU new pages take longer than the copy.
-        memory = 2 * block.nbytes / _seconds(partial(torch.zeros_like(block).copy_, block), device)
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "block"
-            file.write_bytes(bytes(2**27))
-            reading = 2**27 / _seconds(file.read_bytes, device)
-        sums = block.nbytes / _seconds(partial(add_up, block), device) if ranks() > 1 else None
-        return cls(of_type[_dtype(device)], of_type[torch.float64], memory, reading, sums)
-
-    def __str__(self) -> str:
-        return (
-            f"ceilings: {self.model / 1e9:.0f} GFLOP/s, {self.double / 1e9:.0f} GFLOP/s in float64, "
-            f"copy {self.memory / 1e9:.1f} GB/s, file {self.reading / 1e9:.1f} GB/s"
-            + (f", sums over {ranks()} ranks {self.sums / 1e9:.2f} GB/s" if self.sums else "")
-        )
-
-
-@dataclass(frozen=True)
 class Case:
     """One model and calibration."""
 
@@ -175,13 +129,21 @@ class Bench:
     """A random model of a shape in a folder of shards, and the phases of pruning it."""
 
     def __init__(
-        self, case: Case, folder: Path, device: torch.device, *, batch_size: int, planning: int, traces: Path | None
+        self,
+        case: Case,
+        folder: Path,
+        device: torch.device,
+        *,
+        batch_size: int | None,
+        planning: int,
+        traces: Path | None,
     ) -> None:
         self._case, self._folder, self._device, self._traces = case, folder, device, traces
+        self._before = 0 if device.type == "cuda" else _memory("VmRSS")
         if is_first():
-            write_random(case.config, folder / "model", _dtype(device))
+            write_random(case.config, folder / "model", model_dtype(device))
         meet()
-        self._model = open_model(folder / "model", dtype=_dtype(device))
+        self._model = open_model(folder / "model", dtype=model_dtype(device))
         generator = torch.Generator().manual_seed(0)
         shape = (case.samples, case.length)
         ids = torch.randint(case.config.vocab_size, shape, generator=generator)
@@ -191,25 +153,25 @@ class Bench:
 
     def phases(self, name: str, recipe: Recipe, ratio: float, ceilings: Ceilings) -> Iterator[Row]:
         """Runs capture, score, plan and compensate by a recipe; what the others have captured is captured once."""
-        work = Work.of(self._model, self._case, self._planning, ratio)
+        work = Work.of(self._model, self._measured, self._planning, ratio)
         if not self._captured:
             done = self._time(lambda: list(self._capture()), "capture")
             self._captured = True
-            yield self._row("all", "capture", done, work.capture(ceilings))
+            yield self._row("all", "capture", done, work.capture(ceilings), work.memory("capture", recipe))
         rankings: dict[str, Any] = {}
 
         def score() -> None:
             rankings.update(rank_model(self._model, recipe, self._measured))
 
         done = self._time(score, f"{name}-score")
-        yield self._row(name, "score", done, work.score(recipe, ceilings))
+        yield self._row(name, "score", done, work.score(recipe, ceilings), work.memory("score", recipe))
         choices: list[Choice] = []
 
         def plan() -> None:
             costs, amount = to_remove(load_shapes(self._folder / "model"), Budget("ratio", ratio))
             choices.append(choose_units(self._model, recipe, costs, amount, self._measured, rankings=rankings))
 
-        yield self._row(name, "plan", self._time(plan, f"{name}-plan"), 0.0)
+        yield self._row(name, "plan", self._time(plan, f"{name}-plan"), 0.0, 0.0)
         pruned = twin(self._model)
         target = self._folder / f"pruned-{name}"
         target.mkdir(exist_ok=True)
@@ -224,7 +186,7 @@ class Bench:
         meet()
         if is_first():
             shutil.rmtree(target)  # Those of all recipes together take twice the model.
-        yield self._row(name, "compensate", done, work.compensate(recipe, ceilings))
+        yield self._row(name, "compensate", done, work.compensate(recipe, ceilings), work.memory("compensate", recipe))
 
     def _capture(self) -> Iterator[int]:
         measured = self._measured
@@ -242,14 +204,14 @@ class Bench:
         start = time.perf_counter()
         with traced as trace:
             run()
-            _wait(self._device)
+            wait_for(self._device)
         seconds = time.perf_counter() - start
         if self._traces and trace is not None:
             trace.export_chrome_trace(str(self._traces / f"{name}.json"))
-        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _peak()
+        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _memory("VmHWM")
         return seconds, peak
 
-    def _row(self, recipe: str, phase: str, done: tuple[float, int], floor: float) -> Row:
+    def _row(self, recipe: str, phase: str, done: tuple[float, int], floor: float, memory: float) -> Row:
         seconds, peak = done
         case = {"shape": self._case.shape, "layers": self._case.layers, "width": self._case.width}
         tokens = self._case.samples * self._case.length
@@ -262,74 +224,8 @@ class Bench:
             "seconds": seconds,
             "floor": floor,
             "peak": peak,
+            "formula": self._before + memory if memory else 0.0,
         }
-
-
-@dataclass(frozen=True)
-class Work:
-    """Operations and bytes that a phase cannot do without, of one rank; docs/scaling.md says how they come about."""
-
-    layers: int
-    block: int
-    block_bytes: int
-    head: int
-    tokens: float
-    planning: int
-    consumers: list[tuple[int, int]]
-    ratio: float
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, case: Case, planning: int, ratio: float) -> "Work":
-        """Of a model and its calibration."""
-        block = decoder_blocks(model)[0]
-        layers = (linear(block, group.consumer) for group in prunable_groups(model)[0])
-        parameters = sum(parameter.numel() for parameter in block.parameters())
-        return cls(
-            layers=case.layers,
-            block=parameters,
-            block_bytes=sum(parameter.nbytes for parameter in block.parameters()),
-            head=model.get_output_embeddings().weight.numel(),
-            tokens=case.samples * case.length / ranks(),
-            planning=min(max(1, planning // case.length), case.samples) * case.length,
-            consumers=[(layer.in_features, layer.out_features) for layer in layers],
-            ratio=ratio,
-        )
-
-    def capture(self, ceilings: Ceilings) -> float:
-        """Each token through each block, and half of the symmetric G of each consumer: D^2 a token."""
-        forward = 2 * self.block * self.tokens
-        grams = sum(size**2 * self.tokens for size, _ in self.consumers)
-        summed = sum(8 * size**2 for size, _ in self.consumers)
-        return self.layers * self._floor(forward + grams, summed, ceilings)
-
-    def score(self, recipe: Recipe, ceilings: Ceilings) -> float:
-        """W^T W and a factorisation, or an inverse and its updates; for rises four trials a block beside the model."""
-        solves, rows = {"obs": (2.0, 2), "newton": (1 / 3, 1)}.get(recipe.selection, (0.0, 0))
-        double = sum(solves * size**3 + rows * size**2 * out for size, out in self.consumers)
-        seconds = self.layers * double / ceilings.double
-        if recipe.allocation == "loss_aware":
-            # The model itself, and its trials, which the ranks share; each ends with the head.
-            passes = self.layers + (2 * self.layers * (self.layers + 2) - self.layers) / ranks()
-            ends = 1 + 4 * self.layers / ranks()
-            seconds += 2 * self.planning * (self.block * passes + self.head * ends) / ceilings.model
-        return seconds
-
-    def compensate(self, recipe: Recipe, ceilings: Ceilings) -> float:
-        """Both streams through each block; sums and a factorisation of what stays of every consumer."""
-        if recipe.recovery == "bias":
-            return self.layers * 2 * self.block_bytes / ceilings.memory
-        kept = [(size * (1 - self.ratio), out) for size, out in self.consumers]
-        solve = sum(size**3 / 3 + 2 * size**2 * out for size, out in kept) / ceilings.double
-        if recipe.recovery == "least_squares":
-            return self.layers * solve
-        forward = 2 * self.block * (2 - self.ratio) * self.tokens
-        sums = sum((size**2 + 2 * size * out) * self.tokens for size, out in kept)
-        summed = sum(8 * (size**2 + size * out) for size, out in kept)
-        return self.layers * (self._floor(forward + sums, summed, ceilings) + solve)
-
-    def _floor(self, operations: float, summed: float, ceilings: Ceilings) -> float:
-        seconds = max(operations / ceilings.model, self.block_bytes / ceilings.reading)
-        return seconds + (summed / ceilings.sums if ceilings.sums else 0.0)
 
 
 @contextmanager
@@ -371,47 +267,28 @@ def _random(shape: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Te
     return (torch.randn(shape.shape, generator=generator) / shape.shape[1] ** 0.5).to(dtype)
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _seconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    run()
-    times = []
-    for _ in range(repeats):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _peak() -> int:
+def _memory(name: str) -> int:
+    """Bytes of this process: VmRSS, what it has in memory now, or VmHWM, the most since `_reset_peak`."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
 
 
 _HEAD = (
-    "| model | tokens | recipe | phase | seconds | floor | ratio | peak memory |",
-    "|---|---:|---|---|---:|---:|---:|---:|",
+    "| model | tokens | recipe | phase | seconds | floor | ratio | peak memory | by formula |",
+    "|---|---:|---|---|---:|---:|---:|---:|---:|",
 )
 
 
 def _line(row: Row) -> str:
     model = f"{row['shape']}, {row['layers']} layers, width {row['width']:g}, {row['ranks']} rank(s)"
     floor = f"{row['floor']:.2f} | {row['seconds'] / row['floor']:.1f}" if row["floor"] else " | "
-    peak = f"{row['peak'] / 2**30:.2f} GiB"
-    return f"| {model} | {row['tokens']} | {row['recipe']} | {row['phase']} | {row['seconds']:.2f} | {floor} | {peak} |"
+    formula = f"{row['formula'] / 2**30:.2f} GiB" if row["formula"] else ""
+    cells = [model, row["tokens"], row["recipe"], row["phase"], f"{row['seconds']:.2f}", floor]
+    return f"| {' | '.join(map(str, cells))} | {row['peak'] / 2**30:.2f} GiB | {formula} |"
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:

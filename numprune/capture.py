@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune.architectures import PrunableGroup, decoder_blocks, linear, prunable_groups
+from numprune.batches import fitting_batch
 from numprune.errors import NumpruneError
 from numprune.memory import HiddenStates, is_out_of_memory
 from numprune.ranks import add_up, own_share
@@ -32,7 +33,7 @@ def capture(
     model: PreTrainedModel,
     samples: Samples | Tensor,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
     work: Path | None = None,
     settle: Callable[[], object] = lambda: None,
@@ -42,7 +43,8 @@ def capture(
     Args:
         model: A supported decoder-only model.
         samples: Samples, or their (samples, length) token ids.
-        batch_size: Samples that go through a block together; halved where memory does not suffice.
+        batch_size: Samples that go through a block together, by default `fitting_batch`; halved where memory does not
+            suffice.
         device: Where blocks compute; by default where the model is.
         work: Folder that remembers how far this came. Where it already holds something, blocks that were handed out
             before are passed over.
@@ -93,13 +95,14 @@ def _through(
 
 
 def enter(
-    model: PreTrainedModel, samples: Samples, batch_size: int, device: torch.device, work: Path | None = None
+    model: PreTrainedModel, samples: Samples, batch_size: int | None, device: torch.device, work: Path | None = None
 ) -> tuple[HiddenStates, "Arguments"]:
     """What enters the first block for each batch of samples, and the keyword arguments of every block.
 
     The model's own forward pass prepares embeddings, masks and rotary angles; its blocks are stood in for by recorders
     that let hidden states through unchanged.
     """
+    batch_size = batch_size or fitting_batch(model, samples.length, device)
     hidden = HiddenStates(len(samples), device, work)
     for batch in samples.split(batch_size):
         hidden.append(_record(model, batch)[0].hidden)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from numprune.architectures import KINDS, all_groups, check_supported, decoder_blocks, prunable_groups
+from numprune.batches import fitting_batch
 from numprune.budget import linear_costs, readable
 from numprune.calibration import check_data, draw_samples, evaluation_windows
 from numprune.card import write_card
@@ -148,7 +149,7 @@ def measure_perplexity(
     ],
     length: Length = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Stop after so many tokens.")] = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     device: Device = "auto",
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -165,6 +166,7 @@ def measure_perplexity(
     windows, text_bytes = evaluation_windows(data, str(folder), length=length, max_tokens=max_tokens)
     place = resolve_device(device)
     loaded = load_or_open(folder, dtype=working_dtype(place), device=place)
+    batch_size = batch_size or fitting_batch(loaded, windows.length, place)
     batches = -(-len(windows) // batch_size)
     losses = torch.cat(
         list(track(window_losses(loaded, windows, batch_size=batch_size, device=place), batches, "perplexity"))

@@ -42,10 +42,12 @@ def compensate(gram: Tensor, weight: Tensor, keep: Tensor, damping: float = 0.0,
     kept, pruned = _partition(keep.to(weight.device), channels)
     if not pruned.numel():
         return weight[:, kept]
-    rows, exact = gram.to(weight.device)[kept].double(), weight.double()
-    factor, _ = damped_cholesky(rows[:, kept], damping, subject=subject)
-    taken_over = torch.cholesky_solve(rows[:, pruned] @ exact[:, pruned].T, factor)
-    return (exact[:, kept] + taken_over.T).to(weight.dtype)
+    rows, exact = gram.to(weight.device)[kept], weight.double()
+    across = rows[:, pruned].double() @ exact[:, pruned].T
+    matrix = rows[:, kept].double()
+    del rows  # It has no room beside the matrix and its factor.
+    factor, _ = damped_cholesky(matrix, damping, subject=subject)
+    return (exact[:, kept] + torch.cholesky_solve(across, factor).T).to(weight.dtype)
 
 
 def bias_compensation(mean: Tensor, weight: Tensor, keep: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """How much memory there is, and hidden states that lie where there is room for them."""
 
+import ctypes
 import os
 import resource
 import tempfile
@@ -16,6 +17,7 @@ Place = Literal["device", "memory", "disk"]
 
 # Of the free memory, one set of hidden states may take so much: up to eight live at once, beside blocks and moments.
 _SHARE = 1 / 8
+_GROUP = Path("/sys/fs/cgroup")
 
 
 def use_huge_pages() -> None:
@@ -28,21 +30,50 @@ def use_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+def return_unused_memory() -> None:
+    """Gives the system back what tensors that are gone leave in the heap, where libc can (glibc does).
+
+    Tensors of up to 32 MB come from there, aligned to huge pages: what lies between them is seldom used again, and
+    grows block by block.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that a device has for this process, used or not: always the same, unlike what is free."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    bounds = [_physical_memory(), _group_limit(), resource.getrlimit(resource.RLIMIT_DATA)[0]]
+    return min(bound for bound in bounds if bound is not None and bound != resource.RLIM_INFINITY)
+
+
 def available_memory() -> int:
     """Bytes of main memory that this process can still get: of the machine, its control group and its own limits."""
-    bounds = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    bounds = [_physical_memory()]
     proc = Path("/proc")
     if (proc / "meminfo").exists():
         bounds.append(1024 * _field(proc / "meminfo", "MemAvailable:"))
         limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
         if limit != resource.RLIM_INFINITY:
             bounds.append(limit - 1024 * _field(proc / "self/status", "VmData:"))
-    group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
+    if (most := _group_limit()) is not None:
         # What is kept of files that were read is given back when it is asked for.
-        used = int((group / "memory.current").read_text()) - _field(group / "memory.stat", "inactive_file")
-        bounds.append(int(most) - used)
+        used = int((_GROUP / "memory.current").read_text()) - _field(_GROUP / "memory.stat", "inactive_file")
+        bounds.append(most - used)
     return max(min(bounds), 0)
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _group_limit() -> int | None:
+    """Of the control group that containers put their processes into, seen from inside."""
+    limit = _GROUP / "memory.max"
+    most = limit.read_text().strip() if limit.exists() else "max"
+    return None if most == "max" else int(most)
 
 
 def _field(path: Path, name: str) -> int:

@@ -34,10 +34,10 @@ Length = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int,
+    int | None,
     typer.Option(
         min=1,
-        help="Sequences that are computed together; lower it if memory is short.",
+        help="Sequences that are computed together; by default as many as have 8192 tokens, less by memory.",
         rich_help_panel=_MACHINE,
     ),
 ]
@@ -124,7 +124,7 @@ class Job:
     )
     length: Length = None
     seed: Annotated[int, typer.Option(help="Of the draw of calibration sequences.", rich_help_panel=_CALIBRATION)] = 0
-    batch_size: BatchSize = 8
+    batch_size: BatchSize = None
     device: Device = "auto"
     revision: Revision = None
     folder: Path = field(init=False)

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from numprune.architectures import decoder_blocks, decoder_output, logits
+from numprune.batches import fitting_batch
 from numprune.capture import enter
 from numprune.errors import NumpruneError
 from numprune.samples import Samples
@@ -48,7 +49,7 @@ def window_losses(
     model: PreTrainedModel,
     windows: Samples | Tensor,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[Tensor]:
     """Yields, batch by batch, each window's summed negative log-likelihood in nats, (batch,) float64.
@@ -56,7 +57,7 @@ def window_losses(
     Args:
         model: A causal language model.
         windows: Samples, or (windows, length) token ids.
-        batch_size: Windows that go through the model together.
+        batch_size: Windows that go through the model together, by default `fitting_batch`.
         device: Where to compute; by default where the model is.
     """
     model.eval()
@@ -64,6 +65,7 @@ def window_losses(
     blocks = decoder_blocks(model)
     place = torch.device(device or model.device)
     outside_to(model, place)
+    batch_size = batch_size or fitting_batch(model, windows.length, place)
     # A model that is read block by block takes all windows through each block; one in memory, a batch through all.
     for together in windows.split(len(windows) if is_streamed(blocks) else batch_size):
         hidden, arguments = enter(model, together, batch_size, place)

@@ -28,7 +28,7 @@ def capture_to(
     model: PreTrainedModel,
     samples: Samples | Tensor,
     *,
-    batch_size: int,
+    batch_size: int | None,
     device: torch.device | str | None = None,
     work: Path | None = None,
 ) -> Iterator[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from numprune.architectures import after_blocks, decoder_blocks
+from numprune.batches import fitting_batch
 from numprune.capture import enter
 from numprune.samples import Samples
 from numprune.streaming import outside_to, visit
@@ -23,7 +24,7 @@ def hidden_state_errors(
     pruned: Mapping[str, PreTrainedModel],
     samples: Samples | Tensor,
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
     """Compares the hidden states of pruned models with the dense model's on the same samples.
@@ -34,7 +35,7 @@ def hidden_state_errors(
         dense: The dense model.
         pruned: Models made of it, by a name.
         samples: To compare on, or their (samples, length) token ids.
-        batch_size: Samples that go through a block together.
+        batch_size: Samples that go through a block together, by default `fitting_batch`.
         device: Where to compute; by default where the dense model is.
 
     Returns:
@@ -49,6 +50,7 @@ def hidden_state_errors(
     for model in models.values():
         outside_to(model, place)
     norms = {name: after_blocks(model)[0] for name, model in models.items()}
+    batch_size = batch_size or fitting_batch(dense, samples.length, place)
     entered = {name: enter(model, samples, batch_size, place) for name, model in models.items()}
     sums = {name: torch.zeros(len(decoder_blocks(dense)) + 1, dtype=torch.float64, device=place) for name in pruned}
     # All models side by side, so that the hidden states of one block at a time are held.

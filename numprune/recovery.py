@@ -114,7 +114,7 @@ class Streams:
         model: PreTrainedModel,
         samples: Samples | Tensor,
         *,
-        batch_size: int,
+        batch_size: int | None,
         device: torch.device,
         ridge: float = RIDGE,
         work: Path | None = None,
@@ -124,7 +124,7 @@ class Streams:
         Args:
             model: The dense model; its blocks may be replaced by pruned ones as the streams pass them.
             samples: Calibration samples, or their (samples, length) token ids.
-            batch_size: Samples that go through a block together.
+            batch_size: Samples that go through a block together; None: `fitting_batch`.
             device: Where blocks compute.
             ridge: Pull towards the weights before, relative to the mean diagonal of the normal equations.
             work: Folder for hidden states, if memory is short.

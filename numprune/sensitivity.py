@@ -37,7 +37,7 @@ class LossProbe:
         model: PreTrainedModel,
         samples: Samples | Tensor,
         *,
-        batch_size: int,
+        batch_size: int | None,
         device: torch.device,
         first: int = 0,
         folder: Path | None = None,
@@ -47,7 +47,7 @@ class LossProbe:
         Args:
             model: The model.
             samples: To measure on, or their (samples, length) token ids.
-            batch_size: Samples that go through a block together.
+            batch_size: Samples that go through a block together; None: `fitting_batch`.
             device: Where blocks compute.
             first: Index of the block that trials begin with.
             folder: For hidden states, if memory is short.

@@ -102,14 +102,14 @@ class Measured:
     Attributes:
         statistics: Folder with the statistics of the dense model's blocks.
         samples: For calibration; their (samples, length) token ids will do where there is nothing else.
-        batch_size: Samples that go through a block together.
+        batch_size: Samples that go through a block together; None: `fitting_batch`.
         device: Where blocks and equations are computed; None: where the model is.
         work: Folder that remembers how far long work came (`numprune.resume`); None: it begins anew every time.
     """
 
     statistics: Path
     samples: Samples | Tensor
-    batch_size: int = 8
+    batch_size: int | None = None
     device: torch.device | None = None
     work: Path | None = None
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from numprune.architectures import decoder_blocks
 from numprune.errors import NumpruneError
-from numprune.memory import is_out_of_memory
+from numprune.memory import is_out_of_memory, return_unused_memory
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,8 @@ def visit(blocks: Iterable[nn.Module], device: torch.device, *, first: int = 0) 
                 fetched = tensors = None  # From here on, only the block holds on to them.
                 yield index, block
             del block
+            if stored(blocks[index]):
+                return_unused_memory()
 
 
 def outside_to(model: PreTrainedModel, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
+from numprune.batches import fitting_batch
 from numprune.calibration import evaluation_windows
 from numprune.checkpoint import load_config, load_or_open, load_tokenizer
 from numprune.cutting import twin
@@ -46,6 +47,8 @@ from tasks.step import run_step
 
 # What figures depend on, apart from the parameters.
 _MEASURING = ("numprune", "torch", "transformers", "lm_eval", "datasets")
+# That are answered together, unless the parameters say: they are of many lengths, most of them short.
+_QUESTIONS = 8
 
 
 def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None) -> None:
@@ -123,9 +126,10 @@ def evaluate(model: str, budget: Annotated[str | None, typer.Argument()] = None)
 def _measure(
     model: PreTrainedModel, windows: Samples, text_bytes: int | None, parameters: Parameters, title: str
 ) -> Perplexity:
-    batch_size = parameters.compute.batch_size
+    device = resolve_device(parameters.compute.device)
+    batch_size = parameters.compute.batch_size or fitting_batch(model, windows.length, device)
     batches = -(-len(windows) // batch_size)
-    losses = window_losses(model, windows, batch_size=batch_size, device=resolve_device(parameters.compute.device))
+    losses = window_losses(model, windows, batch_size=batch_size, device=device)
     found = torch.cat(list(track(losses, batches, title)))
     return perplexity(found, windows.length, text_bytes, scored=scored_tokens(model, windows))
 
@@ -155,7 +159,7 @@ def _answer(model: PreTrainedModel, folder: Path, parameters: Parameters) -> dic
         include=Path(settings.tasks_folder),
         limit=settings.questions,
         shots=settings.shots,
-        batch_size=parameters.compute.batch_size,
+        batch_size=parameters.compute.batch_size or _QUESTIONS,
     )
 
 

@@ -127,7 +127,10 @@ class Compute(_Section):
     """Where and in which portions things run; results do not depend on it beyond rounding."""
 
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
-    batch_size: Count = Field(default=8, description="Sequences that go through a block together.")
+    batch_size: Count | None = Field(
+        default=None,
+        description="Sequences that go through a block together; null: as many as have 8192 tokens, less by memory.",
+    )
     processes: Count = Field(
         default=1, description="Of this machine that share the calibration samples; on a GPU machine one a GPU."
     )
