@@ -4,8 +4,11 @@ python -m benchmarks.speed --help
 """
 
 import json
+import os
 import platform
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -61,7 +64,9 @@ def speed(
         "best"
     ].planning_tokens,
     ratio: Annotated[float, typer.Option(help="Share to remove.")] = 0.3,
-    scaling: Annotated[bool, typer.Option(help="Also halve layers, width and tokens, and plot.")] = False,
+    scaling: Annotated[
+        bool, typer.Option(help="Also a half and a quarter of layers, width and tokens, and more ranks; plots.")
+    ] = False,
     profile: Annotated[bool, typer.Option(help="Also write traces of torch.profiler, one a phase.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the model and the results.")] = Path("report/speed"),
 ) -> None:
@@ -75,9 +80,9 @@ def speed(
         print(ceilings)
     base = Case(shape, layers or SHAPES[shape][2], 1.0, samples, length)
     cases = [base]
-    if scaling:
-        cases += [replace(base, layers=max(1, base.layers // 2)), replace(base, width=0.5)]
-        cases += [replace(base, samples=max(1, base.samples // 2))]
+    for part in (2, 4) if scaling else ():
+        cases += [replace(base, layers=max(1, base.layers // part)), replace(base, width=1 / part)]
+        cases += [replace(base, samples=max(1, base.samples // part))]
     rows: list[Row] = []
     output.mkdir(parents=True, exist_ok=True)
     for case in cases:
@@ -91,12 +96,33 @@ def speed(
                         print(_line(row), flush=True)
     if not is_first():
         return
+    shared: list[Row] = []
+    if scaling:
+        given = {"shape": shape, "device": device, "layers": base.layers, "samples": samples, "length": length}
+        given |= {"planning-tokens": planning_tokens, "ratio": ratio, "output": output / "ranks"}
+        given |= {"batch-size": batch_size} if batch_size else {}
+        shared = _of_ranks(place, [f"--{name}={value}" for name, value in given.items()], output / "ranks")
     hardware = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "cpu"
     result = {"hardware": hardware, "threads": torch.get_num_threads(), "ceilings": ceilings.__dict__, "rows": rows}
+    result |= {"shared": shared}
     (output / "speed.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (output / "speed.md").write_text("\n".join([*_HEAD, *map(_line, rows)]) + "\n", encoding="utf-8")
+    (output / "speed.md").write_text("\n".join([*_HEAD, *map(_line, rows + shared)]) + "\n", encoding="utf-8")
     if scaling:
-        _plot(rows, output / "scaling.png")
+        _plot(rows, shared, output / "scaling.png")
+
+
+def _of_ranks(place: torch.device, options: Sequence[str], output: Path) -> list[Row]:
+    """The same in 1, 2, 4, ... processes, each with a GPU or with the same number of a CPU's cores."""
+    most = torch.cuda.device_count() if place.type == "cuda" else torch.get_num_threads()
+    counts = [2**power for power in range(most.bit_length())]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // counts[-1]))}
+    rows: list[Row] = []
+    for count in counts:
+        launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "benchmarks.speed"]
+        subprocess.run([sys.executable, "-m", *launch, *options], env=environment, check=True)
+        rows += json.loads((output / "speed.json").read_text(encoding="utf-8"))["rows"]
+    shutil.rmtree(output)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -291,19 +317,20 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(map(str, cells))} | {row['peak'] / 2**30:.2f} GiB | {formula} |"
 
 
-def _plot(rows: Sequence[Row], path: Path) -> None:
-    """Seconds of each phase, and its floor (dashed), against what was halved, with both axes logarithmic."""
+def _plot(rows: Sequence[Row], shared: Sequence[Row], path: Path) -> None:
+    """Seconds of each phase, and its floor (dashed), against what was varied, with both axes logarithmic."""
     import matplotlib.pyplot as plt
 
-    base = rows[0]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
-    for axis, quantity in zip(axes, ("layers", "width", "tokens"), strict=True):
-        others = [key for key in ("layers", "width", "tokens") if key != quantity]
-        varied = [
-            row for row in rows if all(row[key] == base[key] for key in others) and row["recipe"] in {"all", "best"}
-        ]
+    quantities = ("layers", "width", "tokens")
+    panels = {
+        quantity: [row for row in rows if all(row[key] == rows[0][key] for key in quantities if key != quantity)]
+        for quantity in quantities
+    } | {"ranks": shared}
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), sharey=True)
+    for axis, (quantity, varied) in zip(axes, panels.items(), strict=True):
         for phase in ("capture", "score", "compensate"):
-            points = sorted((row[quantity], row["seconds"], row["floor"]) for row in varied if row["phase"] == phase)
+            of_phase = [row for row in varied if row["phase"] == phase and row["recipe"] in {"all", "best"}]
+            points = sorted((row[quantity], row["seconds"], row["floor"]) for row in of_phase)
             values, seconds, floors = zip(*points, strict=True)
             (line,) = axis.loglog(values, seconds, "o-", label=phase)
             axis.loglog(values, floors, "--", color=line.get_color())
