@@ -175,25 +175,23 @@ class Work:
 
     def memory(self, phase: Phase, recipe: Recipe) -> float:
         """Bytes that a phase takes on the compute device at most; on a CPU those in main memory too."""
-        squares = 4 * sum(size**2 for size, _ in self.consumers)
         widest, outputs = max(self.consumers)
-        square = 4 * widest**2
-        states = self.itemsize * self.hidden
+        square, squares = 4 * widest**2, 4 * sum(size**2 for size, _ in self.consumers)
         on_cpu = self.device.type == "cpu"
-        inside = self.outside + self.activations
+        inside, tokens, sets = self.outside + self.activations, self.tokens, 0.0
         if phase == "capture":
             inside += 2 * self._block_bytes + 3 * squares + (squares if on_cpu else 0)
-            kept = self.tokens * states
+            sets = 1
         elif phase == "score":
             inside += 2 * self._block_bytes + 8 * square + (squares if on_cpu else 0)
-            kept = 0.0
             if recipe.allocation == "loss_aware":
-                kept = (2 + 4 * min(self.layers, 32) / ranks()) * self.planning * states
                 inside += 6 * 4 * self.length * self.vocabulary
+                tokens, sets = self.planning, 2 + 4 * min(self.layers, 32) / ranks()
         else:
             inside += 3 * self._block_bytes + 4 * square + 8 * widest * outputs + squares
-            kept = 8 * self.tokens * states if recipe.recovery in {"sequential", "refit"} else 0.0
-        return inside + (kept if on_cpu or place_for(int(kept / 8), self.device) == "device" else 0.0)
+            sets = 8 if recipe.recovery in {"sequential", "refit"} else 0
+        states = int(tokens * self.hidden * self.itemsize)
+        return inside + (sets * states if on_cpu or place_for(states, self.device) == "device" else 0.0)
 
     @property
     def _block_bytes(self) -> int:
