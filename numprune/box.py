@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from numprune.cholesky import cholesky, damped_cholesky
+from numprune.cholesky import cholesky, damped_cholesky, solve
 from numprune.errors import NumpruneError
 from numprune.newton import curvature
 
@@ -131,7 +131,7 @@ def _newton_step(
     w, t, p, q = point
     change_p, change_q = target
     b = change_p / w - change_q / t - stationarity
-    solved, u = torch.cholesky_solve(torch.stack([b, torch.ones_like(b)], dim=1), factor).T
+    solved, u = solve(factor, torch.stack([b, torch.ones_like(b)], dim=1)).T
     step_y = (shortfall - solved.sum().item()) / (softness + u.sum().item())
     step_w = solved + step_y * u
     step = torch.stack([step_w, -step_w, (change_p - p * step_w) / w, (change_q + q * step_w) / t])

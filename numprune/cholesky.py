@@ -71,6 +71,20 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return factor, torch.stack(infos).amax()
 
 
+def solve(factor: Tensor, right: Tensor) -> Tensor:
+    """Solves L L^T X = B; unlike `torch.cholesky_solve` without a copy of the factor.
+
+    Args:
+        factor: (D, D), the lower one.
+        right: (D, columns).
+
+    Returns:
+        (D, columns) X.
+    """
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True)
+
+
 def damped_cholesky(matrix: Tensor, damping: float, *, subject: str) -> tuple[Tensor, float]:
     """Factors a symmetric positive semi-definite matrix, adding to its diagonal what that takes.
 

@@ -17,7 +17,7 @@ FLAP (arXiv 2312.11983) leaves W_K alone and adds what the pruned inputs give on
 import torch
 from torch import Tensor
 
-from numprune.cholesky import damped_cholesky
+from numprune.cholesky import damped_cholesky, solve
 
 
 def compensate(gram: Tensor, weight: Tensor, keep: Tensor, damping: float = 0.0, *, subject: str = "G_KK") -> Tensor:
@@ -44,10 +44,10 @@ def compensate(gram: Tensor, weight: Tensor, keep: Tensor, damping: float = 0.0,
         return weight[:, kept]
     rows, exact = gram.to(weight.device)[kept], weight.double()
     across = rows[:, pruned].double() @ exact[:, pruned].T
-    matrix = rows[:, kept].double()
-    del rows  # It has no room beside the matrix and its factor.
-    factor, _ = damped_cholesky(matrix, damping, subject=subject)
-    return (exact[:, kept] + torch.cholesky_solve(across, factor).T).to(weight.dtype)
+    rows = rows[:, kept].double()
+    factor, _ = damped_cholesky(rows, damping, subject=subject)
+    del rows  # It has no room beside the factor and what is solved with it.
+    return (exact[:, kept] + solve(factor, across).T).to(weight.dtype)
 
 
 def bias_compensation(mean: Tensor, weight: Tensor, keep: Tensor) -> Tensor:

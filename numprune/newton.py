@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from numprune.cholesky import damped_cholesky
+from numprune.cholesky import damped_cholesky, solve
 from numprune.second_moments import SecondMoments, products
 
 
@@ -45,9 +45,7 @@ def newton_direction(
     channels = weight.shape[1]
     factor, used = damped_cholesky(matrix, damping, subject=subject)
     ones = torch.ones(channels, 1, dtype=torch.float64, device=weight.device)
-    # Not `cholesky_solve`, which copies the factor.
-    half = torch.linalg.solve_triangular(factor, ones, upper=False)
-    u = torch.linalg.solve_triangular(factor.T, half, upper=True).squeeze(1)
+    u = solve(factor, ones).squeeze(1)
     # 1/lambda + s instead of (1 + lambda s)/lambda: it holds at infinity too.
     return channels * u / (1 / penalty + u.sum()), used
 

@@ -42,7 +42,7 @@ from transformers import PreTrainedModel
 
 from numprune.architectures import PrunableGroup, after_blocks, channel_indices, layout_of, linear
 from numprune.capture import enter, token_rows
-from numprune.cholesky import damped_cholesky
+from numprune.cholesky import damped_cholesky, solve
 from numprune.memory import HiddenStates, is_out_of_memory
 from numprune.ranks import add_up, largest, own_share
 from numprune.resume import Saved
@@ -99,8 +99,9 @@ class _Regression:
         self.cross += product(wanted, rows)
 
     def factor(self, ridge: float, subject: str) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of the damped Gram matrix of all ranks, and gamma; what is added later is lost."""
+        """The Cholesky factor of the damped Gram matrix of all ranks, and gamma; nothing is added after."""
         gram = self._gram.total()
+        del self._gram  # It has no room beside the factor and what is solved with it.
         _add_up(gram, self.cross)
         gamma = ridge * gram.diagonal().mean()
         return damped_cholesky(gram, ridge, subject=subject)[0], gamma
@@ -285,7 +286,7 @@ class Streams:
         for producer in group.producers:
             layer = linear(pruned, producer.path)
             wanted = linear(block, producer.path).weight[group.rows(producer, kept)].double()
-            solved = torch.cholesky_solve((wanted @ regression.cross + gamma * wanted).T, factor).T
+            solved = solve(factor, (wanted @ regression.cross + gamma * wanted).T).T
             layer.weight.copy_(solved)
 
     def _refit_joint_norms(self, pruned: nn.Module, group: PrunableGroup, kept: Tensor, dense: "_Dense") -> None:
@@ -328,7 +329,7 @@ class Streams:
             else:
                 regression.add(inputs, wanted - bias, present)
         factor, gamma = regression.factor(self._ridge, f"block {group.block}, {group.consumer}")
-        solved = torch.cholesky_solve((regression.cross + gamma * layer.weight.double()).T, factor).T
+        solved = solve(factor, (regression.cross + gamma * layer.weight.double()).T).T
         layer.weight.copy_(solved)
 
     def _refit_norm(self, norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: float) -> None:

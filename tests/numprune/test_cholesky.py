@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numprune import cholesky as module
-from numprune.cholesky import cholesky, shrinkage
+from numprune.cholesky import cholesky, shrinkage, solve
 
 
 def oracle_approximating(x: np.ndarray) -> float:
@@ -95,3 +95,13 @@ def test_shrinkage_takes_stored_moments_as_they_are():
 def test_nothing_to_shrink(gram):
     """Zeros and multiples of the identity are as near to it as they can be."""
     assert shrinkage(gram, 10) == 0
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31), size=st.integers(1, 40), columns=st.integers(1, 50))
+def test_solutions_are_those_of_the_matrix(seed, size, columns):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 2 * size + 5, generator=generator, dtype=torch.float64)
+    right = torch.randn(size, columns, generator=generator, dtype=torch.float64)
+    matrix = x @ x.T
+    torch.testing.assert_close(solve(cholesky(matrix)[0], right), torch.linalg.solve(matrix, right))
