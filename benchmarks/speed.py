@@ -96,19 +96,19 @@ def speed(
                         print(_line(row), flush=True)
     if not is_first():
         return
-    shared: list[Row] = []
+    by_ranks: list[Row] = []
     if scaling:
         given = {"shape": shape, "device": device, "layers": base.layers, "samples": samples, "length": length}
         given |= {"planning-tokens": planning_tokens, "ratio": ratio, "output": output / "ranks"}
         given |= {"batch-size": batch_size} if batch_size else {}
-        shared = _of_ranks(place, [f"--{name}={value}" for name, value in given.items()], output / "ranks")
+        by_ranks = _of_ranks(place, [f"--{name}={value}" for name, value in given.items()], output / "ranks")
     hardware = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "cpu"
     result = {"hardware": hardware, "threads": torch.get_num_threads(), "ceilings": ceilings.__dict__, "rows": rows}
-    result |= {"shared": shared}
+    result |= {"by_ranks": by_ranks}
     (output / "speed.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (output / "speed.md").write_text("\n".join([*_HEAD, *map(_line, rows + shared)]) + "\n", encoding="utf-8")
+    (output / "speed.md").write_text("\n".join([*_HEAD, *map(_line, rows + by_ranks)]) + "\n", encoding="utf-8")
     if scaling:
-        _plot(rows, shared, output / "scaling.png")
+        _plot(rows, by_ranks, output / "scaling.png")
 
 
 def _of_ranks(place: torch.device, options: Sequence[str], output: Path) -> list[Row]:
@@ -317,7 +317,7 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(map(str, cells))} | {row['peak'] / 2**30:.2f} GiB | {formula} |"
 
 
-def _plot(rows: Sequence[Row], shared: Sequence[Row], path: Path) -> None:
+def _plot(rows: Sequence[Row], by_ranks: Sequence[Row], path: Path) -> None:
     """Seconds of each phase, and its floor (dashed), against what was varied, with both axes logarithmic."""
     import matplotlib.pyplot as plt
 
@@ -325,7 +325,7 @@ def _plot(rows: Sequence[Row], shared: Sequence[Row], path: Path) -> None:
     panels = {
         quantity: [row for row in rows if all(row[key] == rows[0][key] for key in quantities if key != quantity)]
         for quantity in quantities
-    } | {"ranks": shared}
+    } | {"ranks": by_ranks}
     figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), sharey=True)
     for axis, (quantity, varied) in zip(axes, panels.items(), strict=True):
         for phase in ("capture", "score", "compensate"):
