@@ -178,24 +178,30 @@ class Work:
         widest, outputs = max(self.consumers)
         square, squares = 4 * widest**2, 4 * sum(size**2 for size, _ in self.consumers)
         on_cpu = self.device.type == "cpu"
-        inside, tokens, sets = self.outside + self.activations, self.tokens, 0.0
+        inside = float(self.outside + self.activations)
         if phase == "capture":
             inside += 2 * self._block_bytes + 3 * squares + (squares if on_cpu else 0)
-            sets = 1
+            inside += self._kept(self.tokens, self.hidden)
         elif phase == "score":
             inside += 2 * self._block_bytes + 8 * square + (squares if on_cpu else 0)
             if recipe.allocation == "loss_aware":
                 inside += 6 * 4 * self.length * self.vocabulary
-                tokens, sets = self.planning, 2 + 4 * min(self.layers, 32) / ranks()
+                inside += (2 + 4 * min(self.layers, 32) / ranks()) * self._kept(self.planning, self.hidden)
         else:
             inside += 3 * self._block_bytes + 4 * square + 8 * widest * outputs + squares
-            sets = 8 if recipe.recovery in {"sequential", "refit"} else 0
-        states = int(tokens * self.hidden * self.itemsize)
-        return inside + (sets * states if on_cpu or place_for(states, self.device) == "device" else 0.0)
+            if recipe.recovery in {"sequential", "refit"}:
+                inside += 8 * self._kept(self.tokens, self.hidden)
+                inside += self._kept(self.tokens, (1 - self.ratio) * widest)
+        return inside
 
     @property
     def _block_bytes(self) -> int:
         return self.block * self.itemsize
+
+    def _kept(self, tokens: float, width: float) -> float:
+        """Bytes that hidden states take where blocks are computed; none if they have no room there."""
+        size = int(tokens * width * self.itemsize)
+        return size if self.device.type == "cpu" or place_for(size, self.device) == "device" else 0
 
     def _floor(self, operations: float, summed: float, ceilings: Ceilings) -> float:
         seconds = max(operations / ceilings.model, self._block_bytes / ceilings.reading)

@@ -15,7 +15,7 @@ from numprune.errors import NumpruneError
 
 Place = Literal["device", "memory", "disk"]
 
-# Of the free memory, one set of hidden states may take so much: up to eight live at once, beside blocks and moments.
+# Of the free memory, one set of hidden states may take so much: up to nine live at once, beside blocks and moments.
 _SHARE = 1 / 8
 _GROUP = Path("/sys/fs/cgroup")
 

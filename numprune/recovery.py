@@ -200,20 +200,16 @@ class Streams:
         """Both streams after the block, the pruned model's first."""
         seen = self._dense_pass(block, groups)
         done: list[_Output] = []
-        last = None
         for position, group in enumerate(groups):
             if not len(kept[group.name]):
                 continue
-            if last:
-                done.append(self._output(pruned, last, group))
             if refit:
                 self._refit_producers(block, pruned, group, kept[group.name], seen.inputs[position], done=done)
                 self._refit_joint_norms(pruned, group, kept[group.name], seen)
-            self._refit_consumer(pruned, group, seen.aims[position], seen, done=done)
-            last = group
-        after = seen.after
+            done.append(self._refit_consumer(pruned, group, seen.aims[position], seen, done=done))
+        after = seen.aims[-1] if groups else self._dense
         del seen
-        through = self._pruned.mapped(self._through(pruned, done))
+        through = self._pruned.mapped(_joined(states, pruned, done, batch) for batch, states in enumerate(self._pruned))
         _ask_others()
         return through, after
 
@@ -230,12 +226,10 @@ class Streams:
         outputs = [_last(group) for group in groups]
         norms = [path for group in groups for path in (*group.joint_norms, *filter(None, [group.post_norm]))]
         like = self._dense.like
-        found = _Dense(
-            [like() for _ in groups], {path: (like(), like()) for path in norms}, [like() for _ in groups], like()
-        )
+        found = _Dense([like() for _ in groups], {path: (like(), like()) for path in norms}, [like() for _ in groups])
         for states, given in self._given(self._dense):
             with _watching(block, [*inputs, *norms, *outputs]) as seen:
-                found.after.append(block(states, **given))
+                block(states, **given)
             reached = states
             for position, path in enumerate(outputs):
                 reached = reached + seen[path].output.view_as(states)
@@ -246,23 +240,6 @@ class Streams:
                 for kept, value in zip(found.norms[path], (seen[path].input, seen[path].output), strict=True):
                     kept.append(value)
         return found
-
-    def _output(self, pruned: nn.Module, group: PrunableGroup, following: PrunableGroup) -> "_Output":
-        """What the module of a refitted group gives; it comes before what the following one needs."""
-        watched = [group.consumer]
-        outputs = (
-            _run_until(pruned, following.producers[0].path, states, given, watched)[1][0]
-            for states, given in self._given(self._pruned)
-        )
-        shaped = (output.view_as(states) for output, states in zip(outputs, self._pruned, strict=True))
-        return _Output(group, self._pruned.mapped(shaped))
-
-    def _through(self, pruned: nn.Module, done: Sequence["_Output"]) -> Iterator[Tensor]:
-        """The pruned stream after the block."""
-        for batch, (states, given) in enumerate(self._given(self._pruned)):
-            with _giving(pruned, done, batch):
-                after = pruned(states, **given)
-            yield after
 
     def _refit_producers(
         self,
@@ -309,18 +286,19 @@ class Streams:
         dense: "_Dense",
         *,
         done: Sequence["_Output"],
-    ) -> None:
+    ) -> "_Output":
         """Refits a group's consumer; what the groups before it give has joined the streams already."""
         layer = linear(pruned, group.consumer)
         regression = _Regression(layer.in_features, layer.out_features, layer.weight.device)
-        norms = [output.group.post_norm for output in done if output.group.post_norm]
-        bare = [output.states for output in done if not output.group.post_norm]
+        bias = 0.0 if layer.bias is None else layer.bias
+        entered = self._pruned.like()
         together = zip(self._given(self._pruned), aims, self._present(), strict=True)
         for batch, ((states, given), aim, present) in enumerate(together):
             with _giving(pruned, done, batch):
-                inputs, joined = _run_until(pruned, group.consumer, states, given, norms)
-            wanted = aim - states - sum(joined) - sum(outputs[batch] for outputs in bare)
-            bias = torch.zeros((), device=states.device) if layer.bias is None else layer.bias
+                reached, _ = _run_until(pruned, group.consumer, states, given)
+            inputs = reached.view(*states.shape[:-1], layer.in_features)
+            entered.append(inputs)
+            wanted = aim - _joined(states, pruned, done, batch)
             if group.post_norm:
                 seen = _Seen(*(states[batch] for states in dense.norms[group.post_norm]))
                 size = (seen.input.float().square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()  # As norms have it.
@@ -331,6 +309,7 @@ class Streams:
         factor, gamma = regression.factor(self._ridge, f"block {group.block}, {group.consumer}")
         solved = solve(factor, (regression.cross + gamma * layer.weight.double()).T).T
         layer.weight.copy_(solved)
+        return _Output(group, entered.mapped(map(layer, entered)))
 
     def _refit_norm(self, norm: Any, outputs: Iterable[tuple[Tensor, Tensor]], offset: float) -> None:
         rows = (
@@ -398,21 +377,27 @@ class _Dense:
         inputs: What enters each group's producers.
         norms: What enters and leaves the groups' joint norms and post-norms, by their paths.
         aims: The stream after each group.
-        after: The stream after the block.
     """
 
     inputs: list[HiddenStates]
     norms: dict[str, tuple[HiddenStates, HiddenStates]]
     aims: list[HiddenStates]
-    after: HiddenStates
 
 
 @dataclass(frozen=True)
 class _Output:
-    """What the module of a group gives that is done with."""
+    """What the refitted consumer of a group gives, and so its module."""
 
     group: PrunableGroup
     states: HiddenStates
+
+
+def _joined(states: Tensor, block: nn.Module, done: Sequence[_Output], batch: int) -> Tensor:
+    """The stream, given before the block, after the groups that are done with."""
+    for output in done:
+        given, norm = output.states[batch], output.group.post_norm
+        states = states + (block.get_submodule(norm)(given) if norm else given)
+    return states
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 from dataclasses import replace
 from typing import get_args
 
@@ -153,6 +154,21 @@ def test_producers_are_fitted_to_the_kept_rows(model, plan, input_ids):
         torch.testing.assert_close(
             linear(pruned, producer.path).weight, linear(block, producer.path).weight[rows], rtol=1e-3, atol=1e-4
         )
+
+
+def test_every_layer_computes_every_batch_once(model, plan, input_ids):
+    """What enters a consumer is kept: nothing before it is computed a second time for what comes after it."""
+    block, groups = model.model.layers[0], prunable_groups(model)[0]
+    kept = {group.name: plan.kept(group.name) for group in groups}
+    streams = Streams(model, input_ids, batch_size=5, device=torch.device("cpu"))
+    pruned = copy.deepcopy(block)
+    slice_block(pruned, groups, kept)
+    paths = {path for group in groups for path in (group.consumer, *(producer.path for producer in group.producers))}
+    calls = Counter()
+    for path in paths:
+        linear(pruned, path).register_forward_hook(lambda *_, path=path: calls.update([path]))
+    streams.recover(block, pruned, groups, kept, refit=True)
+    assert calls == dict.fromkeys(paths, len(streams._pruned))
 
 
 def test_each_recovery_brings_the_hidden_states_nearer(model, plan, measured, input_ids):
