@@ -160,8 +160,10 @@ class Work:
             return self.layers * 2 * self._block_bytes / ceilings.memory
         stays = 1 - self.ratio
         kept = [(size * stays, out) for size, out in self.consumers]
+        # What the pruned inputs give, by way of the kept ones.
+        taken_over = sum(_solve(size, out) + 2 * size * (size / stays - size) * out for size, out in kept)
         if recipe.recovery == "least_squares":
-            return self.layers * sum(_solve(size, out) for size, out in kept) / ceilings.double
+            return self.layers * max(taken_over / ceilings.double, self._block_bytes / ceilings.reading)
         # A producer's target is a product of its own weight with the cross moments, of the input's width.
         refitted = [(size, size, out * stays) for size, out in self.producers] if recipe.recovery == "refit" else []
         forward = 2 * self.block * (2 - self.ratio) * self.tokens
@@ -169,7 +171,8 @@ class Work:
         sums += sum((size**2 + 2 * size * across) * self.tokens for size, across, _ in refitted)
         summed = sum(8 * (size**2 + size * out) for size, out in kept)
         summed += sum(8 * (size**2 + size * across) for size, across, _ in refitted)
-        solve = sum(2 * _solve(size, out) for size, out in kept)  # Compensation first, then the fit to the stream.
+        # Compensation first, then the fit to the stream.
+        solve = taken_over + sum(_solve(size, out) for size, out in kept)
         solve += sum(_solve(size, out) + 2 * size**2 * out for size, _, out in refitted)
         return self.layers * (self._floor(forward + sums, summed, ceilings) + solve / ceilings.double)
 
