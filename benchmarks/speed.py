@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -64,6 +65,9 @@ def speed(
         "best"
     ].planning_tokens,
     ratio: Annotated[float, typer.Option(help="Share to remove.")] = 0.3,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Runs of everything; shown are medians, and the highest peaks.")
+    ] = 1,
     scaling: Annotated[
         bool, typer.Option(help="Also a half and a quarter of layers, width and tokens, and more ranks; plots.")
     ] = False,
@@ -86,20 +90,23 @@ def speed(
     rows: list[Row] = []
     output.mkdir(parents=True, exist_ok=True)
     for case in cases:
-        with _shared_folder(output / ".random-model") as folder:
-            traces = output if profile and is_first() else None
-            bench = Bench(case, folder, place, batch_size=batch_size, planning=planning_tokens, traces=traces)
-            for name, recipe in (("best", RECIPES["best"]), ("paper", RECIPES["paper"]), ("FLAP", FLAP)):
-                for row in bench.phases(name, replace(recipe, planning_tokens=planning_tokens), ratio, ceilings):
-                    rows.append(row)
-                    if is_first():
-                        print(_line(row), flush=True)
+        runs: list[list[Row]] = [[] for _ in range(repeats)]
+        for run in runs:
+            with _shared_folder(output / ".random-model") as folder:
+                traces = output if profile and is_first() else None
+                bench = Bench(case, folder, place, batch_size=batch_size, planning=planning_tokens, traces=traces)
+                for number, row in enumerate(bench.rows(ratio, ceilings)):
+                    run.append(row)
+                    if run is runs[-1]:
+                        rows.append(_together([other[number] for other in runs]))
+                        if is_first():
+                            print(_line(rows[-1]), flush=True)
     if not is_first():
         return
     by_ranks: list[Row] = []
     if scaling:
         given = {"shape": shape, "device": device, "layers": base.layers, "samples": samples, "length": length}
-        given |= {"planning-tokens": planning_tokens, "ratio": ratio, "output": output / "ranks"}
+        given |= {"planning-tokens": planning_tokens, "ratio": ratio, "repeats": repeats, "output": output / "ranks"}
         given |= {"batch-size": batch_size} if batch_size else {}
         by_ranks = _of_ranks(place, [f"--{name}={value}" for name, value in given.items()], output / "ranks")
     hardware = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor() or "cpu"
@@ -177,7 +184,12 @@ class Bench:
         self._planning = planning
         self._captured = False
 
-    def phases(self, name: str, recipe: Recipe, ratio: float, ceilings: Ceilings) -> Iterator[Row]:
+    def rows(self, ratio: float, ceilings: Ceilings) -> Iterator[Row]:
+        """Runs all phases of both presets and of FLAP."""
+        for name, recipe in (("best", RECIPES["best"]), ("paper", RECIPES["paper"]), ("FLAP", FLAP)):
+            yield from self._phases(name, replace(recipe, planning_tokens=self._planning), ratio, ceilings)
+
+    def _phases(self, name: str, recipe: Recipe, ratio: float, ceilings: Ceilings) -> Iterator[Row]:
         """Runs capture, score, plan and compensate by a recipe; what the others have captured is captured once."""
         work = Work.of(self._model, self._measured, self._planning, ratio)
         if not self._captured:
@@ -307,6 +319,12 @@ _HEAD = (
     "| model | tokens | recipe | phase | seconds | floor | ratio | peak memory | by formula |",
     "|---|---:|---|---|---:|---:|---:|---:|---:|",
 )
+
+
+def _together(rows: Sequence[Row]) -> Row:
+    """One row of several runs."""
+    seconds, peaks = ([row[key] for row in rows] for key in ("seconds", "peak"))
+    return {**rows[0], "seconds": statistics.median(seconds), "peak": max(peaks)}
 
 
 def _line(row: Row) -> str:
