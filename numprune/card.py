@@ -13,6 +13,11 @@ from numprune.plan import PruningPlan
 
 CARD = "README.md"
 
+# Families that llama.cpp reads with layers of different widths, and those that it does not read; both are what
+# numprune.export knows, which needs a package of its own.
+RAGGED_IN_LLAMA_CPP = frozenset({"llama", "mistral", "phi3", "qwen2"})
+NOT_IN_LLAMA_CPP = frozenset({"opt"})
+
 
 def write_card(folder: Path, form: str) -> None:
     """Writes the card of a folder that `numprune.saving.save_pruned` wrote.
@@ -39,10 +44,10 @@ def make_card(folder: Path, form: str) -> str:
     title = f"{Path(source.model).name}-{plan.budget}"
     revision = f", revision `{source.revision}`" if source.revision else ""
     choices = ", ".join(f"{name} {plan.recipe[name]}" for name in ("selection", "allocation", "recovery", "steps"))
+    tag = pipeline_tag(config)
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
-tags: [numprune, pruned, structured-pruning]
+{f"pipeline_tag: {tag}{chr(10)}" if tag else ""}tags: [numprune, pruned, structured-pruning]
 ---
 # {title}
 
@@ -69,20 +74,35 @@ SHA-256 of the dense model's configuration and weights: `{source.fingerprint}`; 
 """
 
 
+def pipeline_tag(config: Mapping[str, Any]) -> str | None:
+    """What the Hugging Face Hub calls the task of a model, by the content of its `config.json`; None: no name fits."""
+    if _family(config) in HOLDERS:
+        return "any-to-any"
+    return None if _writes_images(config) else "text-generation"
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    return str(config.get("model_type", "")).removeprefix("ragged_")
+
+
+def _writes_images(config: Mapping[str, Any]) -> bool:
+    return "codebook_size" in config
+
+
 def how_to_load(config: Mapping[str, Any], title: str) -> str:
-    """How a folder loads in transformers, vLLM and llama.cpp, in Markdown.
+    """How a folder loads in transformers, vLLM and llama.cpp, as far as it does, in Markdown.
 
     Args:
         config: Content of its `config.json`.
         title: The folder's name or its id on the Hub.
     """
     ragged = "auto_map" in config
-    family = config.get("model_type", "")
-    if family.removeprefix("ragged_") in HOLDERS:
+    family = _family(config)
+    if family in HOLDERS:
         return _how_to_load_whole(title, ragged=ragged)
     trust = ", trust_remote_code=True" if ragged else ""
     flag = " --trust-remote-code" if ragged else ""
-    channels = config["num_attention_heads"] * config.get("head_dim", 0) if family == "qwen2" else 0
+    channels = config["num_attention_heads"] * config.get("head_dim", 0) if family == "qwen2" and not ragged else 0
     if channels not in {0, config.get("hidden_size")}:
         flag = " --model-impl transformers"  # vLLM's own Qwen2 takes the channels of a head from the head count.
     about = (
@@ -91,6 +111,21 @@ def how_to_load(config: Mapping[str, Any], title: str) -> str:
         if ragged
         else "It is an ordinary checkpoint of a class that transformers ships: no code comes with it."
     )
+    if _writes_images(config):
+        return f"""```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{title}"{trust})
+```
+
+`{title}` is this folder. {about}"""
+    layers = (config.get("per_layer_config") or {}).values()
+    engines = []
+    if all(layer.get("num_attention_heads") != 0 for layer in layers):  # vLLM takes no layer without an attention.
+        engines.append(f"    vllm serve {title}{flag}")
+    in_llama_cpp = family in RAGGED_IN_LLAMA_CPP if ragged else family not in NOT_IN_LLAMA_CPP
+    if in_llama_cpp and not config.get("consumer_bias"):
+        engines.append(f"    numprune export gguf {title} -o model.gguf     # for llama.cpp")
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,9 +133,7 @@ model = AutoModelForCausalLM.from_pretrained("{title}"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})
 ```
 
-    vllm serve {title}{flag}
-    numprune export gguf {title} -o model.gguf     # for llama.cpp
-
+{chr(10).join([*engines, ""])}
 `{title}` is this folder. {about}"""
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -45,15 +50,22 @@ def fetch(model: str, revision: str | None = None) -> Path:
     """The folder of a model: the path itself, or a download from the Hugging Face Hub.
 
     Raises:
-        NumpruneError: If there is neither such a folder nor such a repository.
+        NumpruneError: If there is neither such a folder nor such a repository, or a folder is asked for a revision.
     """
     if Path(model).is_dir():
+        if revision is not None:
+            raise NumpruneError(f"{model} is a folder, which has no revision {revision}: leave --revision out.")
         return Path(model)
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_DOWNLOADED)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise NumpruneError(f"{model} is neither a folder nor a model that the Hub delivers: {reason}") from None
+
+
+def commit_of(model: str, folder: Path) -> str | None:
+    """The commit on the Hugging Face Hub that `fetch` found a model in; None for a folder."""
+    return None if Path(model).is_dir() else folder.name  # As the cache of the Hub names its folders.
 
 
 def load_config(model: str | Path, revision: str | None = None) -> PreTrainedConfig:
@@ -64,7 +76,7 @@ def load_config(model: str | Path, revision: str | None = None) -> PreTrainedCon
     """
     try:
         return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise NumpruneError(f"{model}: no usable config.json: {str(error).splitlines()[0]}") from None
 
 
@@ -138,7 +150,7 @@ def open_model(folder: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
         return load_model(folder, dtype=dtype)
     check_supported(config)
     where = {key: file for file in weight_files(folder) for key in _shapes(file)}
-    precision = dtype if isinstance(dtype, torch.dtype) else _dtype(config) or _first_dtype(where)
+    precision = dtype if isinstance(dtype, torch.dtype) else stored_dtype(folder)
     with _parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=precision, trust_remote_code=False)
     blocks = decoder_blocks(model)
@@ -151,6 +163,10 @@ def open_model(folder: Path, *, dtype: torch.dtype | str = "auto") -> PreTrained
     if not as_stored or getattr(model, "_keep_in_fp32_modules", None):
         return load_model(folder, dtype=dtype)
     outside = {name: (where[keys[name]], keys[name]) for name in (state.keys() & keys.keys()) - in_blocks}
+    for name, (_, key) in outside.items():
+        configured = list(state[name].shape)
+        if shapes[key] != configured:
+            raise NumpruneError(f"{folder}: {key} is {shapes[key]}, config.json says {configured}: fetch it again.")
     model.load_state_dict(StoredTensors(outside, precision).read(), strict=False, assign=True)
     model.tie_weights()
     if any(tensor.is_meta and name not in in_blocks for name, tensor in model.state_dict().items()):
@@ -177,8 +193,7 @@ def load_or_open(folder: Path, *, dtype: torch.dtype | str, device: torch.device
     """
     size = weight_bytes(folder)
     if isinstance(dtype, torch.dtype):
-        stored = _dtype(load_config(folder)) or dtype
-        size = size * dtype.itemsize // stored.itemsize
+        size = size * dtype.itemsize // stored_dtype(folder).itemsize
     if size <= free_memory(device) / 2:
         return load_model(folder, dtype=dtype, device=device)
     return open_model(folder, dtype=dtype)
@@ -206,14 +221,13 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         return {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118 - No dictionary.
 
 
-def _dtype(config: PreTrainedConfig) -> torch.dtype | None:
-    return config.dtype if isinstance(config.dtype, torch.dtype) else None
-
-
-def _first_dtype(where: Mapping[str, Path]) -> torch.dtype:
-    key, file = next(iter(where.items()))
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(key).dtype
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The data type of a checkpoint: as its configuration says, else that of its first tensor."""
+    configured = load_config(folder).dtype
+    if isinstance(configured, torch.dtype):
+        return configured
+    with safe_open(weight_files(folder)[0], "pt") as opened:
+        return opened.get_tensor(next(iter(opened.keys()))).dtype
 
 
 def load_shapes(folder: Path) -> PreTrainedModel:
@@ -247,7 +261,9 @@ def weight_files(folder: Path) -> list[Path]:
             "`model.save_pretrained(folder)` from a source you trust."
         )
     else:
-        raise NumpruneError(f"{folder} holds no weights: {SINGLE} or {INDEX} is missing.")
+        raise NumpruneError(
+            f"{folder} holds no weights: {SINGLE} or {INDEX} is missing. Of models on the Hub pickles are not fetched."
+        )
     for file in files:
         try:
             with safe_open(file, "pt"):
@@ -274,16 +290,28 @@ def _digest(path: Path) -> bytes:
 
 
 def check_output(folder: Path, needed_bytes: int) -> None:
-    """Refuses, before any work, an output folder that is taken or a disk that is full.
+    """Refuses, before any work, an output folder that is taken or cannot be replaced, or a disk that is full.
 
     Raises:
-        NumpruneError: If the folder holds anything, or the disk has less than `needed_bytes` left.
+        NumpruneError: If the folder holds anything or is a mount point or the working directory, or the disk has less
+            than `needed_bytes` left.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise NumpruneError(f"{folder} already holds something: choose another --output or remove it.")
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    if folder.exists() and (folder.is_mount() or folder.samefile(Path.cwd())):
+        raise NumpruneError(f"{folder} cannot be replaced as a whole: name a folder below it.")
+    check_space(folder, needed_bytes)
+
+
+def check_space(path: Path, needed_bytes: int) -> None:
+    """Refuses, before any work, a disk that is full.
+
+    Raises:
+        NumpruneError: If the disk that a path is going to lie on has less than `needed_bytes` left.
+    """
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise NumpruneError(
-            f"{folder}: {needed_bytes:,} bytes are needed, {free:,} are free. Free some or write elsewhere."
+            f"{path}: {needed_bytes:,} bytes are needed, {free:,} are free. Free some or write elsewhere."
         )

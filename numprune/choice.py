@@ -4,6 +4,7 @@ Cut in several steps, the model is ranked anew after each part of the way, as it
 one layer's units are worth depends on what is left of the others.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from numprune.allocation import Allocated, allocate, allocate_literally
-from numprune.architectures import PrunableGroup, channel_indices, decoder_blocks, linear, prunable_groups
+from numprune.architectures import (
+    PrunableGroup,
+    all_groups,
+    channel_indices,
+    decoder_blocks,
+    linear,
+    prunable_groups,
+)
 from numprune.budget import Costs
 from numprune.compensation import compensate
 from numprune.cutting import cut, twin
@@ -200,7 +208,7 @@ class _Search:
         self._measured = measured
         self._watch = watch
         self._shapes = within_stock(recipe.shapes, model)
-        self._dense = _groups(model)
+        self._dense = all_groups(model)
         self._kept = {group.name: torch.arange(group.units) for group in self._dense}
         self._lowest_kept: dict[str, float | None] = {}
         self._highest_removed: dict[str, float | None] = dict.fromkeys(self._kept)
@@ -209,9 +217,9 @@ class _Search:
     def advance(self, amount: float, rankings: Mapping[str, Ranking] | None, prefix: str, step: int) -> None:
         """Removes units until so much of the dense model's cost is gone."""
         fresh = all(len(self._kept[group.name]) == group.units for group in self._dense)
-        work = self._measured.work and self._measured.work / f"step-{step}"
+        work = self._folder(step, amount)
         model = self._model if fresh else self._cut_so_far(prefix, work)
-        groups = _groups(model)
+        groups = all_groups(model)
         left = self._cost(groups)
         amount -= self._cost(self._dense) - left
         if amount <= 0:
@@ -231,6 +239,20 @@ class _Search:
                 shapes=self._shapes,
             )
         self._remove(allocated, rankings)
+
+    def _folder(self, step: int, amount: float) -> Path | None:
+        """What is remembered of a step depends on what stays before it; the scores of `box` on how much goes, too.
+
+        Only one and the same step shares a folder: a search for a latency goes through all of them several times.
+        """
+        if self._measured.work is None:
+            return None
+        digest = hashlib.sha256(str(amount if self._recipe.selection == "box" else "").encode())
+        for name, kept in self._kept.items():
+            digest.update(f"{name}{kept.tolist()}".encode())
+        folder = self._measured.work / f"step-{step}-{digest.hexdigest()[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def choice(self) -> Choice:
         return Choice(self._kept, self._lowest_kept, self._highest_removed, self._threshold)
@@ -278,10 +300,6 @@ class _Search:
                 highest = ranking.scores[goes].max().item()
                 before = self._highest_removed[name]
                 self._highest_removed[name] = highest if before is None else max(before, highest)
-
-
-def _groups(model: PreTrainedModel) -> list[PrunableGroup]:
-    return [group for groups in prunable_groups(model) for group in groups]
 
 
 def _masks(rankings: Mapping[str, Ranking], ratio: float, selection: Selection) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from numprune.calibration import check_data, draw_samples, evaluation_windows
 from numprune.card import write_card
 from numprune.checkpoint import (
     check_output,
+    check_space,
     fetch,
     load_config,
     load_model,
@@ -49,7 +50,7 @@ from numprune.planning import choose_within
 from numprune.progress import track
 from numprune.pruning import apply_plan, capture_to
 from numprune.push import push
-from numprune.ranks import is_first, joined, meet
+from numprune.ranks import agreed, is_first, joined, meet, ranks
 from numprune.resume import unfinished
 from numprune.samples import fingerprint
 from numprune.saving import save_pruned
@@ -87,7 +88,7 @@ def prune(
 
         numprune prune meta-llama/Llama-3.1-8B --size 8GB --calibration text.txt --output out/
     """
-    check_output(output, _needed_bytes(job.folder))
+    check_output(output, _needed_bytes(job))
     with unfinished(output, **_depends_on(job)) as work:
         dense, plan, measured = _plan(job, work)
         recipe, blocks = job.settings, len(decoder_blocks(dense))
@@ -118,6 +119,11 @@ def show_plan(
     Example:
         numprune plan models/reference-llama --ratio 0.5 --calibration text.txt
     """
+    if ranks() > 1:
+        raise NumpruneError("`numprune plan` runs in one process: start it without torchrun.")
+    if output is not None and output.is_dir():
+        raise NumpruneError(f"--output {output} is a folder: name a file.")
+    check_space(Path(tempfile.gettempdir()), _statistics_bytes(job.folder))
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="numprune-") as work:
         dense, plan, measured = _plan(job, Path(work))
@@ -218,6 +224,8 @@ def check(
     if random:
         config = language_config(load_config(model, revision))
         check_supported(config)
+        if config.model_type.startswith("ragged_"):
+            raise NumpruneError(f"{model} is pruned, with layers of different widths: try it without --random.")
         subject = miniature(config, seed).to(place)  # type: ignore[arg-type]  # torch's device is one of what it takes.
     else:
         subject = load_model(fetch(model, revision), dtype=torch.float64, device=place)
@@ -297,16 +305,26 @@ def export_to_gguf(
     typer.echo(f"{output}: {output.stat().st_size / 2**20:.1f} MiB, architecture {exported.architecture}{filled}")
 
 
-def _needed_bytes(folder: Path) -> int:
-    """An upper bound: statistics of all blocks and weights no smaller than before."""
-    blocks = prunable_groups(load_shapes(folder))
-    grams = sum(4 * (group.units * group.channels) ** 2 for groups in blocks for group in groups)
-    return grams + weight_bytes(folder)
+def _needed_bytes(job: Job) -> int:
+    """What is known before: statistics of all blocks, and the result no smaller than the model, twice.
+
+    The second time in the precision that is computed in, as the work folder has its blocks.
+    """
+    shapes, precision = load_shapes(job.folder), working_dtype(job.place)
+    itemsize = precision.itemsize if isinstance(precision, torch.dtype) else shapes.dtype.itemsize
+    blocks = sum(parameter.numel() for parameter in decoder_blocks(shapes).parameters())
+    return _statistics_bytes(job.folder) + weight_bytes(job.folder) + blocks * itemsize
+
+
+def _statistics_bytes(folder: Path) -> int:
+    return sum(4 * (group.units * group.channels) ** 2 for group in all_groups(load_shapes(folder)))
 
 
 def _depends_on(job: Job) -> dict[str, Any]:
     """What decides the result of `numprune prune`."""
-    return {field.name: getattr(job, field.name) for field in fields(job)} | {"files": job.folder}
+    options = {field.name: getattr(job, field.name) for field in fields(job)}
+    text = Path(job.calibration)
+    return options | {"files": job.folder, "calibration": text if text.is_file() else job.calibration}
 
 
 def _plan(job: Job, work: Path) -> tuple[PreTrainedModel, PruningPlan, Measured]:
@@ -320,12 +338,14 @@ def _plan(job: Job, work: Path) -> tuple[PreTrainedModel, PruningPlan, Measured]
         pass
     # A plan is made once: what a measured latency asks for changes from one time to the next.
     path = work / "plan.json"
-    if path.exists():
+    if agreed(path.exists()):
         return dense, PruningPlan.load(path), measured
     timed = job.budget.kind == "latency"
+    if timed and ranks() > 1:
+        raise NumpruneError("A latency is measured in one process: start without torchrun, or choose another budget.")
     stored = load_model(job.folder, device=job.place) if timed else load_shapes(job.folder)
     choice = choose_within(job.budget, dense, stored, job.settings, measured, watch=track)
-    source = Source(job.model, job.revision, model_fingerprint(job.folder), fingerprint(samples))
+    source = Source(job.model, job.commit, model_fingerprint(job.folder), fingerprint(samples))
     plan = make_plan(groups, choice, str(job.budget), source=source, recipe=job.settings)
     if is_first():
         plan.save(path)
@@ -349,7 +369,7 @@ def add_plugins(target: typer.Typer) -> None:
     for entry in sorted(entry_points(group=PLUGINS)):
         try:
             commands = entry.load().registered_commands
-        except ImportError as error:  # A broken plug-in must not take `numprune prune` along.
+        except Exception as error:  # A broken plug-in must not take `numprune prune` along.
             print(f"warning: the commands of {entry.value} are left out: {error}", file=sys.stderr)
             continue
         for command in commands:

@@ -17,9 +17,9 @@ def replace_on_success(path: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():
             shutil.rmtree(path)
-        temporary.replace(path)
+        temporary.replace(path)  # A file never takes the place of a folder: that is an error.
     finally:
         _remove(temporary)
 

@@ -199,7 +199,9 @@ class HiddenStates(Sequence[Tensor]):
         """Reads what `write` wrote of the same samples."""
         for index in range(len(self)):
             batch = torch.empty_like(self[index], device="cpu")
-            file.readinto(batch.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]  # Of a binary file.
+            found = file.readinto(batch.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]  # Of a binary file.
+            if found != batch.nbytes:
+                raise NumpruneError(f"{file.name} is truncated: remove it and run again to begin anew.")
             # By way of the device, behind what was asked of it before: that may still be on its way to the same memory.
             self[index] = batch.to(self._device)
 

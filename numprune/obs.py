@@ -16,6 +16,7 @@ first and H = L L^T, the loss after the last k are gone is the squared norm of t
 import torch
 from torch import Tensor
 
+from numprune.architectures import channel_indices
 from numprune.cholesky import damped_cholesky
 
 
@@ -51,11 +52,11 @@ def removal_order(
         # Indices instead of masks: sizes are known, so a GPU is never waited for.
         gone = _costs(inverse, rest, channels).argsort(stable=True)[:at_once]
         order.append(alive[gone])
-        columns = _inputs(gone, channels)
+        columns = channel_indices(gone, channels)
         across, weights = inverse[:, columns], rest[columns]
         free, movers = _places(gone, len(alive))
         alive = _move(alive, free, movers)[: -len(gone)]
-        free, movers, size = _inputs(free, channels), _inputs(movers, channels), len(alive) * channels
+        free, movers, size = channel_indices(free, channels), channel_indices(movers, channels), len(alive) * channels
         pivot = across[columns]
         across = _move(across, free, movers)[:size]
         # Not `solve`, which waits to see whether the matrix is singular: it is definite, as G was damped until it was.
@@ -80,10 +81,6 @@ def _places(gone: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _move(rows: Tensor, places: Tensor, movers: Tensor) -> Tensor:
     return rows.index_copy_(0, places, rows[movers])
-
-
-def _inputs(units: Tensor, channels: int) -> Tensor:
-    return (units[:, None] * channels + torch.arange(channels, device=units.device)).flatten()
 
 
 def _costs(inverse: Tensor, rest: Tensor, channels: int) -> Tensor:
@@ -117,7 +114,7 @@ def loss_curve(
         ValueError: If shapes do not fit or an argument is out of range.
     """
     units = _check(gram, weight, channels)
-    inputs = _inputs(order.flip(0), channels)
+    inputs = channel_indices(order.flip(0), channels)
     factor, _ = damped_cholesky(gram.double()[inputs][:, inputs], damping, subject=subject)
     losses = (factor.T @ weight.double()[:, inputs].T).square().sum(dim=1)
     losses = losses.view(units, channels).sum(dim=1).flip(0).cumsum(0)

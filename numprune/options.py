@@ -14,7 +14,7 @@ from numprune.allocation import Allocation
 from numprune.architectures import check_supported
 from numprune.budget import Budget, parse_budget
 from numprune.calibration import DEFAULT_SAMPLES, check_data
-from numprune.checkpoint import fetch, load_config, weight_files
+from numprune.checkpoint import commit_of, fetch, load_config, weight_files
 from numprune.device import resolve_device
 from numprune.errors import NumpruneError
 from numprune.multimodal import language_config
@@ -128,6 +128,7 @@ class Job:
     device: Device = "auto"
     revision: Revision = None
     folder: Path = field(init=False)
+    commit: str | None = field(init=False)
     place: torch.device = field(init=False)
     budget: Budget = field(init=False)
     settings: Recipe = field(init=False)
@@ -143,6 +144,7 @@ class Job:
         check_data(self.calibration)
         self.place = resolve_device(self.device)
         self.folder = fetch(self.model, self.revision)
+        self.commit = commit_of(self.model, self.folder)
         check_supported(language_config(load_config(self.folder)))
         weight_files(self.folder)
 

@@ -1,11 +1,13 @@
 """From a budget in the user's terms to the units that stay."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 
+import torch
 from transformers import PreTrainedModel
 
 from numprune.allocation import Shapes
-from numprune.architectures import all_groups
+from numprune.architectures import all_groups, decoder_blocks, linear
 from numprune.budget import Budget, Costs, to_remove
 from numprune.choice import choose_units
 from numprune.errors import NumpruneError
@@ -14,6 +16,7 @@ from numprune.plan import Choice
 from numprune.progress import Watch, silent
 from numprune.ranking import Ranking
 from numprune.recipe import Recipe
+from numprune.slicing import add_bias
 from numprune.statistics import Measured
 from numprune.stock import within_stock
 
@@ -51,8 +54,19 @@ def choose_within(
         return choose_units(model, recipe, costs, amount, measured, rankings=rankings, watch=watch)
 
     if budget.kind != "latency":
+        if recipe.recovery == "bias":
+            stored = _with_biases(stored)
         return choose(*to_remove(stored, budget, minimum=0 if recipe.shapes.depth else 1))
     groups = all_groups(model)
     shapes = within_stock(recipe.shapes, model)
     least = {group.name: group.units - shapes.removable(group)[-1] for group in groups}
     return meet_latency(stored, budget, choose, least=least)
+
+
+def _with_biases(stored: PreTrainedModel) -> PreTrainedModel:
+    """The shapes of a model whose consumers all have a bias, as those of the pruned one are going to."""
+    stored = deepcopy(stored)
+    for group in all_groups(stored):
+        consumer = linear(decoder_blocks(stored)[group.block], group.consumer)
+        add_bias(consumer, torch.zeros(consumer.out_features, device=consumer.weight.device))
+    return stored

@@ -1,6 +1,6 @@
 """From a dense model to a pruned one: the steps, each usable alone.
 
-capture_to(folder)  ->  choose_units  ->  make_plan  ->  apply_plan  ->  checkpoint.save_pruned
+capture_to(folder)  ->  choose_units  ->  make_plan  ->  apply_plan  ->  saving.save_pruned
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from numprune.architectures import decoder_blocks, prunable_groups
+from numprune.architectures import all_groups, decoder_blocks
 from numprune.capture import capture
 from numprune.cutting import cut
 from numprune.errors import NumpruneError
@@ -80,7 +80,7 @@ def apply_plan(
     Raises:
         NumpruneError: If the plan was made for another model, or the tensors that come out are not those it says.
     """
-    plan.check_fits(group for groups in prunable_groups(model) for group in groups)
+    plan.check_fits(all_groups(model))
     kept = {name: plan.kept(name) for name in plan.groups}
     yield from cut(model, kept, measured, recovery=recovery, damping=damping, work=work)
     remaining = prunable_parameters(model)
@@ -92,4 +92,4 @@ def apply_plan(
 
 def prunable_parameters(model: PreTrainedModel) -> int:
     """Parameters of all prunable groups, counted from the tensors."""
-    return sum(group.parameters for groups in prunable_groups(model) for group in groups)
+    return sum(group.parameters for group in all_groups(model))

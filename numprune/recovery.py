@@ -30,6 +30,7 @@ with `refit` their weights are refitted like the last norm's, from what the prun
 one's does on the channels that stay.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,10 +217,13 @@ class Streams:
     @torch.no_grad()
     def refit_last_norm(self, model: PreTrainedModel) -> None:
         """Refits the weight of the norm after the last block: channel by channel the best factor, by least squares."""
-        norm = after_blocks(model)[0].to(self._dense.device)
+        last: Any = after_blocks(model)[0]
+        # A copy: the parameters of `last` are the dense model's, and stay where they are.
+        norm = copy.deepcopy(last).to(self._dense.device)
         outputs = zip(map(norm, self._dense), map(norm, self._pruned), strict=True)
         self._refit_norm(norm, outputs, layout_of(model.config).norm_offset)
-        norm.to(model.device)
+        if norm.weight is not None:
+            last.weight = nn.Parameter(norm.weight.to(last.weight.device))
 
     def _dense_pass(self, block: nn.Module, groups: Sequence[PrunableGroup]) -> "_Dense":
         inputs = [group.producers[0].path for group in groups]

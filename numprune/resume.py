@@ -1,9 +1,10 @@
-"""Work that goes on where it stopped, however it stopped: by an error, Ctrl-C, `kill -9` or a power cut.
+"""Work that goes on where it stopped: by an error, by Ctrl-C or by `kill -9`.
 
 Unfinished work lies in a folder beside its result, named by a hash of all that it depends on. What is done of it is
 there under its final name; hidden states are saved now and then, so that no layer has to be computed twice.
 """
 
+import glob
 import hashlib
 import json
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 
 from numprune.errors import NumpruneError
@@ -23,6 +25,8 @@ from numprune.ranks import agreed, held_by_all, is_first, meet, rank, ranks
 
 # Saving takes at most this share of the time.
 _SHARE = 0.05
+# Of the hash in a work folder's name.
+_DIGITS = 16
 
 
 @contextmanager
@@ -37,11 +41,13 @@ def unfinished(result: Path, **depends_on: Any) -> Iterator[Path]:
         depends_on: Everything that decides what comes out, in what JSON can say; paths stand for files, which are
             known by their size and time. The code, the library versions and the number of ranks are added.
     """
-    facts = {**depends_on, "code": _code(), "torch": torch.__version__, "ranks": ranks()}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=_known_by).encode()).hexdigest()[:16]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts = {**depends_on, **versions, "code": _code(), "ranks": ranks()}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=_known_by).encode()).hexdigest()[:_DIGITS]
     folder = result.with_name(f".{result.name}.{digest}.work")
     if is_first():
-        for other in result.parent.glob(f".{result.name}.*.work"):
+        # All digits: `.model.v2.HASH.work` is that of another result.
+        for other in result.parent.glob(f".{glob.escape(result.name)}.{'[0-9a-f]' * _DIGITS}.work"):
             if other != folder:
                 shutil.rmtree(other)
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,10 +63,10 @@ def unfinished(result: Path, **depends_on: Any) -> Iterator[Path]:
 
 
 def _known_by(value: Any) -> Any:
-    """A file or a folder by names, sizes and times; anything else as text."""
+    """A file, or those of a folder, by names, sizes and times; anything else as text."""
     if not isinstance(value, Path):
         return str(value)
-    files = sorted(value.rglob("*")) if value.is_dir() else [value]
+    files = sorted(value.iterdir()) if value.is_dir() else [value]
     stats = ((str(file), file.stat()) for file in files if file.is_file())
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 

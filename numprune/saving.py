@@ -12,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from numprune import ragged
 from numprune.architectures import decoder_blocks, head_dim, layer_widths
-from numprune.checkpoint import CALIBRATION_FILE, PLAN_FILE, load_config, load_whole
+from numprune.checkpoint import CALIBRATION_FILE, PLAN_FILE, load_config, load_whole, stored_dtype
 from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from numprune.multimodal import around, holder_of
@@ -64,7 +64,7 @@ def save_pruned(
     form = as_stock(model)
     pruned: Any = form.model or as_ragged(model)
     config = load_config(source)
-    pruned.to(config.dtype)
+    pruned.to(stored_dtype(source))
     if holder_of(config):
         pruned = around(pruned, load_whole(source), ragged=form.model is None)
     if is_first():

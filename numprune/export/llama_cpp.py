@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from safetensors import safe_open
 from torch import Tensor
 
-from numprune.architectures import head_dim, layer_widths
+from numprune.architectures import check_supported, head_dim, layer_widths
 from numprune.checkpoint import load_config, load_shapes, weight_files
 from numprune.errors import NumpruneError
 from numprune.export.gguf_tokenizer import add_tokenizer
@@ -99,8 +99,9 @@ class _Export:
     """One checkpoint on its way into a file."""
 
     def __init__(self, folder: Path, kind: Type) -> None:
-        shapes = load_shapes(folder)
         self._folder, self._config = folder, load_config(folder)
+        check_supported(self._config)
+        shapes = load_shapes(folder)
         # Rotary embeddings may ask for the head count; widths are read off the tensors.
         self._config.allow_global_per_layer_attribute_access = True
         self._layout = LAYOUTS[family(self._config)]

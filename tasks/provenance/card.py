@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from numprune.card import how_to_load
+from numprune.card import how_to_load, pipeline_tag
 from tasks.layout import model_folder
 from tasks.provenance.bom import LIMITS
 from tasks.provenance.statement import CALIBRATION, CODE, SOURCE
@@ -60,11 +60,12 @@ def make_card(
     front: dict[str, Any] = {
         "base_model": base,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": pipeline_tag(config),
         "tags": ["numprune", "pruned", "structured-pruning"],
     }
     if licence:
         front["license"] = licence
+    front = {key: value for key, value in front.items() if value is not None}
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     state = f", revision `{origin['revision']}`" if "revision" in origin else ""
     commit = known[CODE].get("digest", {}).get("gitCommit")

@@ -192,6 +192,7 @@ def test_mistakes_are_one_message_and_exit_code_2(numprune, pruning, option, val
         (["--damping", "none"], "--damping must be auto or a number of at least 0, got 'none'"),
         (["--penalty", "0"], "--penalty must be above 0"),
         (["--selection", "guess"], "Invalid value for '--selection'"),
+        (["--revision", "main"], "is a folder, which has no revision main: leave --revision out"),
     ],
 )
 def test_options_that_do_not_go_together(numprune, pruning, extra, message):
@@ -217,6 +218,26 @@ def test_a_taken_output_is_refused_before_any_work(numprune, pruning, tmp_path):
     assert "capture" not in done.stderr
 
 
+def test_an_output_that_cannot_be_replaced_is_refused_before_any_work(numprune, pruning, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    pruning[pruning.index("--output") + 1] = "."
+    done = numprune("prune", *pruning)
+    assert done.returncode == 2
+    assert "cannot be replaced as a whole: name a folder below it" in done.stderr
+    assert "capture" not in done.stderr
+
+
+def test_a_plan_is_a_file(numprune, pruning, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "weights").touch()
+    done = numprune("plan", *pruning)
+    assert done.returncode == 2
+    assert "is a folder: name a file" in done.stderr
+    assert (tmp_path / "out" / "weights").exists()
+    assert "capture" not in done.stderr
+
+
 @pytest.mark.parametrize("command", ["prune", "plan", "perplexity"])
 def test_help_teaches_by_example(numprune, command):
     done = numprune(command, "--help")
@@ -237,13 +258,13 @@ def test_commands_of_other_packages_are_added(monkeypatch, capsys):
         import a_package_that_is_not_installed  # noqa: F401
 
     monkeypatch.setitem(sys.modules, "a_plugin", SimpleNamespace(app=plugin))
-    entries = [
-        EntryPoint(name, value, PLUGINS) for name, value in (("a", "a_plugin:app"), ("b", "a_broken_plugin:app"))
-    ]
+    values = ("a_plugin:app", "a_broken_plugin:app", "a_plugin:app.no_commands")
+    entries = [EntryPoint(f"plug-in {number}", value, PLUGINS) for number, value in enumerate(values)]
     monkeypatch.setattr("numprune.cli.entry_points", lambda group: entries if group == PLUGINS else [])
     app = typer.Typer()
     add_plugins(app)
-    assert "a_broken_plugin:app are left out" in capsys.readouterr().err
+    warned = capsys.readouterr().err
+    assert all(f"{value} are left out" in warned for value in values[1:])
     runner = CliRunner()
     assert runner.invoke(app, ["greet", "you", "--loud"]).output == "hello you!\n"
     error = runner.invoke(app, ["publish"]).exception

@@ -44,3 +44,17 @@ def test_what_a_crash_left_is_cleared(tmp_path):
     with replace_on_success(tmp_path / "file") as temporary:
         temporary.touch()
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "within").mkdir(parents=True)
+
+    def write():
+        with replace_on_success(folder) as temporary:
+            temporary.touch()
+
+    with pytest.raises(OSError, match="folder"):
+        write()
+    assert list(tmp_path.iterdir()) == [folder]
+    assert (folder / "within").is_dir()

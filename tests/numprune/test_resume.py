@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from fnmatch import fnmatch
+from unittest.mock import patch
 
 import pytest
 
@@ -58,14 +59,14 @@ def test_killed_at_every_stage(make_checkpoint, text_file, tmp_path):
     arguments = [make_checkpoint(config), *options]
     run(arguments, tmp_path / "whole")
     output = tmp_path / "killed"
-    stages = {"block-004*": "nothing", "rankings-000*": "statistics", "step-2/pruned-006*": "step-1"}
-    stages |= {"step-2/block-007*": "step-1", "step-2/rankings-000*": "step-2/block", "pruned-003*": "step-2"}
+    stages = {"block-004*": "nothing", "rankings-000*": "statistics", "step-2-*/pruned-006*": "step-1"}
+    stages |= {"step-2-*/block-007*": "step-1", "step-2-*/rankings-000*": "step-2-*/block", "pruned-003*": "step-2"}
     finished = {}
     for pattern, before in [*stages.items(), ("pruned-009*", "step-2")]:
         run(arguments, output, kill_at=pattern)
         # What stages before this one had finished was not made again.
         assert finished.items() <= made(output).items()
-        finished = {path: time for path, time in made(output).items() if str(path).startswith(before)}
+        finished = {path: time for path, time in made(output).items() if fnmatch(str(path), f"{before}*")}
         assert finished or pattern == "block-004*"
     run(arguments, output)
     assert contents(output) == contents(tmp_path / "whole")
@@ -93,8 +94,9 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize("spare", [0, 96 * 1024])
 def test_a_disk_that_runs_full_loses_nothing(make_checkpoint, text_file, tmp_path, disk, spare):
-    """While blocks are written, and with more to spare while the result is."""
-    from numprune.cli import _needed_bytes, app
+    """While blocks are written, and with more to spare while the result is; there was room when the run began."""
+    from numprune.checkpoint import weight_bytes
+    from numprune.cli import _statistics_bytes, app
 
     folder = make_checkpoint()
     arguments = ["prune", folder, "--ratio", "0.3", "--calibration", text_file, "--samples", "8", "--length", "32"]
@@ -102,8 +104,11 @@ def test_a_disk_that_runs_full_loses_nothing(make_checkpoint, text_file, tmp_pat
     def prune_to(output):
         app([*map(str, [*arguments, "--output", output])], standalone_mode=False)
 
-    output = disk(_needed_bytes(folder) + spare) / "out"
-    with pytest.raises(NumpruneError, match=r"cannot be written: .*free some space and run again"):
+    output = disk(_statistics_bytes(folder) + weight_bytes(folder) + spare) / "out"
+    with (
+        patch("numprune.cli.check_output"),
+        pytest.raises(NumpruneError, match=r"cannot be written: .*free some space and run again"),
+    ):
         prune_to(output)
     assert not output.exists()
     finished = made(output)
@@ -112,6 +117,25 @@ def test_a_disk_that_runs_full_loses_nothing(make_checkpoint, text_file, tmp_pat
     prune_to(output)
     prune_to(tmp_path / "whole")
     assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_another_text_under_the_same_name_begins_anew(make_checkpoint, text_file, tmp_path):
+    options = ["--ratio", "0.3", "--calibration", text_file, "--samples", "8", "--length", "32"]
+    arguments = [make_checkpoint(), *options]
+    output = tmp_path / "killed"
+    run(arguments, output, kill_at="rankings-000*")
+    text_file.write_text(text_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    run(arguments, output)
+    run(arguments, tmp_path / "whole")
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_work_for_another_result_stays(tmp_path):
+    with pytest.raises(RuntimeError), unfinished(tmp_path / "out.v2") as other:
+        raise RuntimeError
+    for name in ("out", "[o]ut.v2"):
+        with unfinished(tmp_path / name):
+            assert other.exists()
 
 
 def test_work_for_something_else_is_not_continued(tmp_path):
