@@ -16,11 +16,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.measuring import BatchSize, Bench, Device, Model, Output, Row, collect
 from benchmarks.quality import VARIANTS
-from numprune.checkpoint import fingerprint
 from numprune.errors import NumpruneError
 from numprune.progress import track
-from numprune.samples import fingerprint as tokens_fingerprint
-from numprune.samples import load_samples
+from numprune.samples import fingerprint, load_samples
 from tasks.images.drawing import encoded, grid
 from tasks.images.evaluation import draw
 from tasks.images.features import extractor
@@ -58,8 +56,7 @@ def compare(
     bench = Bench(model, settings.data, 10**9, batch_size, device)
     judge = _Judge(model, settings)
     sequences = load_samples(calibration)
-    protocol: Row = {"model": fingerprint(model), "calibration": tokens_fingerprint(sequences)}
-    protocol |= {"images": settings.model_dump(mode="json")}
+    protocol = bench.protocol | {"calibration": fingerprint(sequences), "images": settings.model_dump(mode="json")}
     cases: list[Row] = [protocol | {"recipe": "dense", "ratio": 0.0}]
     cases += [protocol | {"recipe": name, "ratio": float(ratio)} for ratio in ratios.split(",") for name in names]
 

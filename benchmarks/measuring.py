@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from numprune.architectures import decoder_blocks
 from numprune.budget import parse_budget
 from numprune.calibration import draw_samples, evaluation_windows
+from numprune.checkpoint import fingerprint as model_fingerprint
 from numprune.checkpoint import load_model, load_shapes
 from numprune.choice import rank_model
 from numprune.cutting import cut, twin
@@ -28,7 +29,7 @@ from numprune.planning import choose_within
 from numprune.pruning import capture_to, prunable_parameters
 from numprune.ranking import Ranking
 from numprune.recipe import Recipe
-from numprune.samples import Samples
+from numprune.samples import Samples, fingerprint
 from numprune.statistics import Measured
 
 Row = dict[str, Any]
@@ -74,6 +75,12 @@ class Bench:
         self.place = resolve_device(self.device)
         self.model = load_model(self.folder, dtype=self.dtype or working_dtype(self.place), device=self.place)
         self.windows, _ = evaluation_windows(self.evaluation, str(self.folder), max_tokens=self.max_tokens)
+
+    @property
+    def protocol(self) -> Row:
+        """What a row depends on whatever is measured: model and text by their content, and how it is computed."""
+        found = {"model": model_fingerprint(self.folder), "evaluation": fingerprint(self.windows)}
+        return found | {"device": str(self.place), "batch_size": self.batch_size}
 
     @contextmanager
     def calibrated(self, data: str, samples: int, seed: int) -> Iterator[None]:

@@ -57,8 +57,7 @@ def vary(
         check_data(text)
     output.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, evaluation, max_tokens, batch_size, device)
-    protocol: Row = {"model": str(model), "calibration": calibration, "samples": samples, "recipe": recipe}
-    protocol |= {"evaluation": evaluation, "max_tokens": max_tokens}
+    protocol = bench.protocol | {"calibration": calibration, "samples": samples, "recipe": recipe}
     counts = [int(count) for count in tokens.split(",")]
     rows: list[Row] = []
     for seed in (int(seed) for seed in seeds.split(",")):

@@ -96,8 +96,7 @@ def compare(
     points, draws = [float(r) for r in ratios.split(",")], [int(s) for s in seeds.split(",")]
     output.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, evaluation, max_tokens, batch_size, device)
-    protocol: Row = {"model": str(model), "calibration": calibration, "samples": samples}
-    protocol |= {"evaluation": evaluation, "max_tokens": max_tokens}
+    protocol = bench.protocol | {"calibration": calibration, "samples": samples}
     rows = []
     for seed in draws:
         cases: list[Row] = []

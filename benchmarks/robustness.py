@@ -36,7 +36,7 @@ def spread(
         check_data(text)
     output.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, evaluation, max_tokens, batch_size, device)
-    protocol: Row = {"model": str(model), "evaluation": evaluation, "max_tokens": max_tokens}
+    protocol = bench.protocol
     draws: list[Row] = [
         protocol | {"calibration": text, "samples": int(count), "seed": int(seed)}
         for text in texts

@@ -1,5 +1,6 @@
 """What can be checked in milliseconds, before hours of work: that everything params.yaml names is there."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from numprune.errors import NumpruneError
+from numprune.multimodal import HOLDERS
 from tasks.accuracy import unknown_tasks
 from tasks.layout import CORPUS, DIGITS, model_folder
 from tasks.parameters import Parameters
@@ -45,6 +47,20 @@ def _models(parameters: Parameters) -> Iterator[str]:
                 f"models: {folder} holds no .safetensors weights (pickled weights: {found}): save the model again "
                 "with `model.save_pretrained`, which writes safetensors"
             )
+        elif _model_type(folder) in HOLDERS:
+            yield (
+                f"models: {folder} holds a language model among other parts, which the pipeline does not measure: "
+                "prune it by `numprune prune`"
+            )
+
+
+def _model_type(folder: Path) -> str | None:
+    """What `config.json` says; whether that can be read at all is for the stages to find out."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def _data(parameters: Parameters) -> Iterator[str]:

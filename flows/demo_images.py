@@ -12,7 +12,7 @@ from typing import Any
 
 from numprune.errors import reported
 from tasks.parameters import load_parameters
-from tasks.workspace import open_workspace
+from tasks.workspace import alone, open_workspace
 
 WORKSPACE = Path(".numprune/demo-images")
 MODEL = "reference-llamagen"
@@ -22,9 +22,13 @@ _REPORT = ("report/index.html", "report/summary.md", "report/images/images.md", 
 
 def main() -> int:
     """Brings the workspace up to date, runs the flow and the comparison there; returns the exit code."""
-    with reported():
-        changes = _changes()
-        open_workspace(WORKSPACE, Path(), load_parameters(changes=changes), changes)
+    with reported(), alone(WORKSPACE):
+        return _run()
+
+
+def _run() -> int:
+    changes = _changes()
+    open_workspace(WORKSPACE, Path(), load_parameters(changes=changes), changes)
     # Threads do not pay for a model this small: what one of them computes takes less time than handing it over.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     for module in ("flows.compress", "benchmarks.images"):

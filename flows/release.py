@@ -24,7 +24,7 @@ from prefect.states import Completed, Failed  # noqa: E402
 from flows.events import version_registered  # noqa: E402
 from flows.fanout import stop_all  # noqa: E402
 from flows.pipeline import publish_version, reproduce_all  # noqa: E402
-from flows.stages import Ending  # noqa: E402
+from flows.stages import Ending, end_fork_server  # noqa: E402
 from numprune.errors import NumpruneError  # noqa: E402
 from tasks.parameters import Parameters, load_parameters  # noqa: E402
 from tasks.publish import Publication  # noqa: E402
@@ -162,7 +162,10 @@ def _compress(
     folder = prepare(entry, settings, root)
     # The stages, git and the registry name their files relative to the folder they run in.
     with contextlib.chdir(folder):
-        stages = reproduce_all(accelerator_limit, return_state=True)
+        try:
+            stages = reproduce_all(accelerator_limit, return_state=True)
+        finally:
+            end_fork_server(Path.cwd())  # A watcher runs one release after the other.
         claim.check()
         if not stages.is_completed():
             return _as_own(stages)

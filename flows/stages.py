@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import functools
 import re
 import sys
 import threading
@@ -22,6 +21,8 @@ _ERROR_PREFIX = "error: "
 _PROGRESS = re.compile(r"^(?P<what>\w[\w ]*) (?P<done>\d+)/(?P<total>\d+)")
 _EXIT_CODE = re.compile(r"exited with (-?\d+)")
 _DVC_AFTERWARDS = re.compile(r"^(ERROR: |Generating lock file|Updating lock file|WARNING: |Use `dvc push`)")
+
+_fork_servers: dict[Path, tuple[Mapping[str, str], contextlib.ExitStack]] = {}
 
 # DVC's Repo is not made for several threads, and asking takes milliseconds.
 _asking = threading.Lock()
@@ -113,19 +114,26 @@ def stage_graph(root: Path) -> dict[str, set[str]]:
 
 
 def side_by_side(graph: Mapping[str, set[str]]) -> Iterator[list[str]]:
-    """Groups of stages that may run at the same time, one group after the other: a benchmark has the machine to itself.
+    """Groups of stages that may run at the same time, one group after the other: what measures time is alone.
 
     Args:
         graph: What every stage needs, in an order in which they can run.
     """
-    timed = [stage for stage in graph if stage.startswith("benchmark@")]
-    behind = set(timed)
-    for stage, needed in graph.items():
-        if needed & behind:
-            behind.add(stage)
-    yield [stage for stage in graph if stage not in behind]
-    yield from ([stage] for stage in timed)
-    yield [stage for stage in graph if stage in behind.difference(timed)]
+    left = dict(graph)
+    while left:
+        waiting: set[str] = set()
+        for stage, needed in left.items():
+            if _measures_time(stage) or needed & waiting:
+                waiting.add(stage)
+        together = [stage for stage in left if stage not in waiting]
+        alone = [stage for stage in left if stage in waiting and not left[stage] & waiting]
+        yield from filter(None, [together, *([stage] for stage in alone)])
+        left = {stage: needed for stage, needed in left.items() if stage in waiting.difference(alone)}
+
+
+def _measures_time(stage: str) -> bool:
+    kind, _, of = stage.partition("@")
+    return kind == "benchmark" or (kind == "prune" and "-latency-" in of)
 
 
 def is_unchanged(root: Path, *stages: str) -> bool:
@@ -139,16 +147,23 @@ def is_unchanged(root: Path, *stages: str) -> bool:
         return not any(stage.changed() for stage in found)
 
 
-@functools.cache
 def stage_environment(root: Path) -> Mapping[str, str]:
-    """Variables by which stages find a fork server, which is there from the first call to the end of this process.
+    """Variables by which stages find a fork server, there from the first call to `end_fork_server` or the end.
 
     Args:
         root: The folder of `dvc.yaml`.
     """
-    lifetime = contextlib.ExitStack()
-    atexit.register(lifetime.close)
-    return lifetime.enter_context(fork_server(root))
+    if root not in _fork_servers:
+        lifetime = contextlib.ExitStack()
+        atexit.register(lifetime.close)
+        _fork_servers[root] = lifetime.enter_context(fork_server(root)), lifetime
+    return _fork_servers[root][0]
+
+
+def end_fork_server(root: Path) -> None:
+    """Ends the fork server of a folder in which no further stage is going to run, if there is one."""
+    if root in _fork_servers:
+        _fork_servers.pop(root)[1].close()
 
 
 def run_stage(

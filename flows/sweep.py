@@ -11,7 +11,6 @@ import contextlib
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -20,7 +19,6 @@ from flows.environment import prepare_environment
 prepare_environment()
 
 import typer  # noqa: E402
-from filelock import FileLock, Timeout  # noqa: E402
 from prefect import flow, get_run_logger, task  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 from prefect.client.schemas.objects import State  # noqa: E402
@@ -39,7 +37,7 @@ from tasks.parameters import Parameters, load_parameters  # noqa: E402
 from tasks.publish import git_state  # noqa: E402
 from tasks.summary import all_rows  # noqa: E402
 from tasks.sweep import SweepRecord, record_sweep  # noqa: E402
-from tasks.workspace import open_workspace  # noqa: E402
+from tasks.workspace import alone, open_workspace  # noqa: E402
 
 WORKSPACE = Path(".numprune/sweep")
 
@@ -64,7 +62,7 @@ def sweep(
     root = Path.cwd()
     try:
         parameters, changes = _asked(models, budgets)
-        with _alone():
+        with alone(WORKSPACE):
             open_workspace(root / WORKSPACE, root, parameters, changes)
             source = git_state()
             # The stages name their files relative to the folder they run in.
@@ -103,17 +101,6 @@ def _asked(models: list[str] | None, budgets: list[str] | None) -> tuple[Paramet
     parameters = load_parameters(changes=changes)
     check_inputs(parameters)
     return parameters, changes
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    WORKSPACE.parent.mkdir(exist_ok=True)
-    lock = FileLock(WORKSPACE.with_suffix(".lock"))
-    try:
-        with lock.acquire(timeout=0):
-            yield
-    except Timeout:
-        raise NumpruneError("Another sweep runs in this checkout: wait for it, or end it.") from None
 
 
 def main(

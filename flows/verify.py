@@ -24,8 +24,6 @@ from tasks.parameters import load_parameters  # noqa: E402
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-CHAMPION = "champion"
-
 
 @task(cache_policy=NO_CACHE, persist_result=False, task_run_name="verify@{model}")
 def verify_champion(model: str, version: str) -> State[Any]:
@@ -72,15 +70,13 @@ def verify(notify: str | None = None) -> State[Any]:
 
 
 def _champions(client: "MlflowClient") -> Iterator[tuple[str, str]]:
-    token = None
-    while True:
-        page = client.search_registered_models(page_token=token)
-        for model in page:
-            if CHAMPION in model.aliases:
-                yield model.name, str(model.aliases[CHAMPION])
-        token = page.token
-        if not token:
-            return
+    """Versions that are champion by alias or by the log of promotions; where the two differ, both are looked at."""
+    from tasks.registry.connection import all_pages
+    from tasks.registry.promotion_log import CHAMPION, champion, read_promotions
+
+    for model in all_pages(lambda token: client.search_registered_models(page_token=token)):
+        of_model = (model.aliases.get(CHAMPION), champion(read_promotions(client, model.name)))
+        yield from ((model.name, version) for version in dict.fromkeys(str(found) for found in of_model if found))
 
 
 def main() -> int:

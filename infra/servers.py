@@ -215,7 +215,10 @@ class _Setup:
 
     def start_worker(self, stack: ExitStack, environment: Mapping[str, str], root: Path) -> None:
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
-        own = {**environment, "PREFECT_HOME": str(self.folder / "prefect")}
+        # Of a bucket elsewhere, which DVC pushes to; the storage of this stack has keys of its own.
+        given = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        bucket = {} if "AWS_ACCESS_KEY_ID" in environment else given
+        own = {**bucket, **environment, "PREFECT_HOME": str(self.folder / "prefect")}
         server = self._start(stack, "worker", command, None, own, root=root, children_first=True)
         server.wait_until(lambda: _has_worker(environment), timeout=_PATIENCE)
 

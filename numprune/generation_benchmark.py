@@ -194,20 +194,20 @@ def count_work(folder: Path, context: int) -> Work:
     )
 
 
-def peak_memory(folder: Path, *, prompt_length: int, new_tokens: int, device: str) -> int:
+def peak_memory(folder: Path, *, batch: int, prompt_length: int, new_tokens: int, device: str) -> int:
     """What loading a model and one generation add, in bytes, measured in a process of its own.
 
     The allocator's peak on a GPU, resident memory on a CPU.
     """
     # A fresh interpreter: what this process holds must not count.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_measure_memory, folder, prompt_length, new_tokens, device).result()
+        return process.submit(_measure_memory, folder, batch, prompt_length, new_tokens, device).result()
 
 
-def _measure_memory(folder: Path, prompt_length: int, new_tokens: int, device: str) -> int:
+def _measure_memory(folder: Path, batch: int, prompt_length: int, new_tokens: int, device: str) -> int:
     before = _restart_peak_resident_bytes()
     model = load_model(folder, device=device)
-    generate(model, _prompt(model, 1, prompt_length, seed=0), new_tokens)
+    generate(model, _prompt(model, batch, prompt_length, seed=0), new_tokens)
     if model.device.type == "cuda":
         return torch.cuda.max_memory_allocated(model.device)
     return _peak_resident_bytes() - before

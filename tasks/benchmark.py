@@ -109,8 +109,8 @@ def _peak_memory(folders: Sequence[Path], settings: Benchmark, device: str) -> l
     """Measured in a process for each model, which takes longer to start than to measure."""
 
     def measure(folder: Path) -> int:
-        length = settings.prompt_lengths[0]
-        return peak_memory(folder, prompt_length=length, new_tokens=settings.new_tokens, device=device)
+        batch, length = settings.batches[0], settings.prompt_lengths[0]
+        return peak_memory(folder, batch=batch, prompt_length=length, new_tokens=settings.new_tokens, device=device)
 
     # Threads do nothing but wait: transformers sets the data type of the whole process where it makes a model.
     with ThreadPoolExecutor(len(folders) if device == "cpu" else 1) as side_by_side:

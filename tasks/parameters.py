@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -55,6 +56,28 @@ def _without_repeats(items: list[Any]) -> list[Any]:
     return items
 
 
+def _without_password(address: str) -> str:
+    if urlsplit(address).password is not None:
+        place = urlsplit(address)._replace(netloc=urlsplit(address).netloc.rpartition("@")[2]).geturl()
+        raise ValueError(
+            f"{place} stands with a password in it, which would be logged and committed: leave it out, and give it by "
+            "the environment or a file of credentials"
+        )
+    return address
+
+
+def _wherever_it_runs(key: str) -> str:
+    if not key.startswith(("pkcs11:", "~")) and not Path(key).is_absolute():
+        raise ValueError(f"{key} must be an absolute path: releases are signed in folders of their own")
+    return key
+
+
+def _database_in_a_folder(uri: str) -> str:
+    if uri.startswith("sqlite:///") and "/" not in uri.removeprefix("sqlite:///"):
+        raise ValueError(f"{uri} must lie in a folder of its own, as in sqlite:///mlflow/mlflow.db")
+    return uri
+
+
 def _text(name: str) -> str:
     if name not in TEXTS:
         raise ValueError(f"{name!r} must be one of {', '.join(TEXTS)}")
@@ -66,6 +89,7 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 DownloadName = Annotated[FolderName, AfterValidator(_without_dots)]
 BudgetText = Annotated[str, BeforeValidator(_budget)]
 ByteText = Annotated[str, BeforeValidator(_bytes)]
+Address = Annotated[str, AfterValidator(_without_password)]
 Count = Annotated[int, Field(gt=0)]
 
 
@@ -117,7 +141,7 @@ class Corpus(_Section):
 class Calibration(_Section):
     """What the second moments are measured on."""
 
-    data: str = Field(description="Text file, .jsonl, .safetensors with input_ids, or a Hub data set as name:split.")
+    data: str = Field(description="Text file, .jsonl with a field text, or .safetensors with input_ids.")
     samples: Count = Field(default=128, description="Token sequences to draw.")
     length: Count | None = Field(default=None, description="Tokens a sequence; null: 2048 or the model's maximum.")
     seed: int = Field(default=0, description="Of the draw.")
@@ -248,8 +272,10 @@ class Sweep(_Section):
 class Registry(_Section):
     """Where results are published."""
 
-    tracking_uri: str = Field(default="sqlite:///mlflow/mlflow.db", description="Of MLflow: a database or a server.")
-    artifacts: str = Field(default="mlflow/artifacts", description="Folder or bucket of a new experiment's files.")
+    tracking_uri: Annotated[Address, AfterValidator(_database_in_a_folder)] = Field(
+        default="sqlite:///mlflow/mlflow.db", description="Of MLflow: a database or a server."
+    )
+    artifacts: Address = Field(default="mlflow/artifacts", description="Folder or bucket of a new experiment's files.")
     experiment: str = Field(default="numprune", description="Name of the MLflow experiment.")
 
 
@@ -284,9 +310,10 @@ class Promotion(_Section):
 class Signing(_Section):
     """Signatures of versions and promotions; nothing is signed without a key. Passwords come from the environment."""
 
-    key: str | None = Field(
+    key: Annotated[str, AfterValidator(_wherever_it_runs)] | None = Field(
         default=None,
-        description="Private key to sign with: a PEM file outside the repository, or a PKCS#11 URI.",
+        description="Private key to sign with: the absolute path of a PEM file outside the repository, or a PKCS#11 "
+        "URI.",
     )
     public_key: str | None = Field(default=None, description="PEM file to check signatures with.")
 
@@ -311,7 +338,9 @@ class FeedSource(_Section):
     """A JSON document that lists releases: for everything else that announces models."""
 
     kind: Literal["feed"]
-    url: str = Field(description="http://, https:// or file:// of a list of {name, repository or folder, revision}.")
+    url: Address = Field(
+        description="http://, https:// or file:// of a list of {name, repository or folder, revision}."
+    )
 
 
 Source = Annotated[FolderSource | HubSource | FeedSource, Field(discriminator="kind")]
@@ -321,13 +350,13 @@ class Watch(_Section):
     """Where new model releases are looked for (`flows/watch.py`), and what remembers them."""
 
     sources: list[Source] = Field(default=[], description="What is polled.")
-    ledger: str = Field(
+    ledger: Address = Field(
         default="sqlite:///.numprune/ledger.db",
         description="Database of the releases seen, as SQLAlchemy names it; watchers on several machines share one. "
         "The variable NUMPRUNE_LEDGER goes before it.",
     )
     worktrees: str = Field(default=".numprune/worktrees", description="Folder of the git worktrees of scheduled runs.")
-    git_remote: str | None = Field(
+    git_remote: Address | None = Field(
         default=None, description="Where the branch of a release is pushed to, such as origin; null: nowhere."
     )
     settle_seconds: float = Field(
@@ -344,7 +373,7 @@ class Orchestration(_Section):
     runner: Literal["threads", "dask"] = Field(
         default="threads", description="Of this machine; or workers of a Dask cluster, which share a file system."
     )
-    address: str | None = Field(
+    address: Address | None = Field(
         default=None,
         description="Of the scheduler of a Dask cluster, as in tcp://node-1:8786; null: a cluster on this machine.",
     )

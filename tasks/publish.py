@@ -440,8 +440,8 @@ def _points_to(client: "MlflowClient", alias: str, version: "ModelVersion") -> b
 
 def git_state() -> dict[str, str]:
     """The commit of the working directory, and whether its code was changed since."""
-    # dvc.lock changes with every run; it is logged itself.
-    changed = ["git", "status", "--porcelain", "--", ".", f":(exclude){LOCK_FILE}"]
+    # From the top: git ignores the folder that a demo runs in. dvc.lock changes with every run; it is logged itself.
+    changed = ["git", "status", "--porcelain", "--", ":(top)", f":(top,exclude){LOCK_FILE}"]
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changes = subprocess.run(changed, capture_output=True, text=True, check=True).stdout

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
+from numprune.errors import NumpruneError
 from numprune.files import replace_on_success
 from tasks.layout import CORPUS, DIGITS, model_folder
 from tasks.parameters import PARAMETERS_FILE, Parameters, Registry
@@ -34,11 +37,8 @@ def open_workspace(folder: Path, root: Path, parameters: Parameters, changes: Ma
     for link in (path for path in (*folder.iterdir(), *folder.glob("models/*")) if path.is_symlink()):
         link.unlink()
     for source in _linked(root, parameters):
-        link = folder / source.relative_to(root)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.unlink(missing_ok=True)  # A link into nothing.
-            link.symlink_to(source.resolve())
+        _link(source, folder / source.relative_to(root))
+    link_inputs(parameters, folder, root)
     (folder / ".dvc").mkdir(exist_ok=True)
     (folder / ".dvc/config").write_bytes((root / ".dvc/config").read_bytes())
     # Where git ignores everything, there is nothing for DVC to tell it.
@@ -48,6 +48,21 @@ def open_workspace(folder: Path, root: Path, parameters: Parameters, changes: Ma
     mend_locks(folder)
 
 
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps a workspace from being used by two runs at once.
+
+    Raises:
+        NumpruneError: If another run uses it.
+    """
+    folder.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(folder.with_suffix(".lock"), timeout=0):
+            yield
+    except Timeout:
+        raise NumpruneError(f"Another run uses {folder}: wait for it, or end it.") from None
+
+
 def _linked(root: Path, parameters: Parameters) -> Iterator[Path]:
     for path in root.iterdir():
         if path.name == ".dvcignore" or not (path.name in _OWN or path.name.startswith(".")):
@@ -55,12 +70,23 @@ def _linked(root: Path, parameters: Parameters) -> Iterator[Path]:
     for model in parameters.models:
         if model not in parameters.downloads:
             yield root / model_folder(model)
-    images = parameters.images
-    named = (parameters.calibration.data, parameters.evaluation.data, images.data, images.reference)
+
+
+def link_inputs(parameters: Parameters, folder: Path, root: Path) -> None:
+    """What `params.yaml` names relative to the checkout and no stage makes is there in the workspace as well."""
+    evaluation, images = parameters.evaluation, parameters.images
+    named = (parameters.calibration.data, evaluation.data, evaluation.tasks_folder, images.data, images.reference)
     for path in map(Path, (*named, images.features.weights)):
         made = CORPUS in path.parents or DIGITS in path.parents
-        if not (path.is_absolute() or made) and path.parts[0] in _OWN:
-            yield root / path
+        if not (path.is_absolute() or made) and (root / path).exists():
+            _link(root / path, folder / path)
+
+
+def _link(source: Path, link: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.unlink(missing_ok=True)  # A link into nothing.
+        link.symlink_to(source.resolve())
 
 
 def share_cache(folder: Path, root: Path, *, no_scm: bool = False) -> None:

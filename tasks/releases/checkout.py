@@ -14,7 +14,15 @@ from numprune.errors import NumpruneError
 from tasks.parameters import PARAMETERS_FILE, Parameters, load_parameters
 from tasks.releases.git import common_git_folder, git, main_checkout
 from tasks.releases.ledger import Entry, shaping_hash
-from tasks.workspace import LOCK_FILE, end_orphans, link_registry, mend_locks, share_cache, write_parameters
+from tasks.workspace import (
+    LOCK_FILE,
+    end_orphans,
+    link_inputs,
+    link_registry,
+    mend_locks,
+    share_cache,
+    write_parameters,
+)
 
 # In git's own folder of the worktree: written when everything else is there.
 _READY = "numprune-ready"
@@ -44,6 +52,7 @@ def prepare(entry: Entry, parameters: Parameters, root: Path) -> Path:
         lock.unlink(missing_ok=True)  # Of a git that was killed: nobody else works in this worktree or on its branch.
     share_cache(folder, root)
     link_registry(parameters.registry, folder, root)
+    link_inputs(parameters, folder, root)
     if not _is_prepared(entry, folder):
         if shaping_hash(parameters) != entry.key.parameters:
             raise NumpruneError(

@@ -30,9 +30,13 @@ def test_all_that_is_missing_is_named(parameters: Parameters, monkeypatch: pytes
     pickled.mkdir()
     (pickled / "config.json").touch()
     (pickled / "pytorch_model.bin").touch()
+    several = Path("models/several")
+    several.mkdir()
+    (several / "config.json").write_text('{"model_type": "janus"}', encoding="utf-8")
+    (several / "model.safetensors").touch()
     wrong = parameters.model_copy(
         update={
-            "models": ["absent", "pickled", "fetched"],
+            "models": ["absent", "pickled", "several", "fetched"],
             "downloads": {"fetched": Download(repository="owner/name", revision="0" * 40)},
             "calibration": parameters.calibration.model_copy(update={"data": "owner/data:train"}),
             "evaluation": parameters.evaluation.model_copy(
@@ -45,11 +49,12 @@ def test_all_that_is_missing_is_named(parameters: Parameters, monkeypatch: pytes
     )
     monkeypatch.setattr("shutil.which", lambda _name: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(NumpruneError, match=r"7 mistake\(s\)") as caught:
+    with pytest.raises(NumpruneError, match=r"8 mistake\(s\)") as caught:
         check_inputs(wrong)
     message = str(caught.value)
     assert "models/absent holds no model" in message
     assert "pytorch_model.bin" in message
+    assert "models/several holds a language model among other parts" in message
     assert "owner/data:train is no file" in message
     assert "neither lm-eval nor evaluation has boolk;" in message
     assert "benchmark.compile: needs a C++ compiler" in message

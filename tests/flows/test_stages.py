@@ -12,8 +12,22 @@ from flows.progress import artifact_key
 from flows.stages import Ending, Progress, is_unchanged, run_stage, side_by_side, stage_graph
 from tests.flows.conftest import ROOT
 
-# They change no result: messages, progress lines, renaming of finished files, where hidden states and work lie.
-PLUMBING = {"errors", "files", "memory", "progress", "resume"}
+# They change no result: messages, progress lines, renaming of finished files, where states, work and tensors lie.
+PLUMBING = {"errors", "files", "memory", "overlap", "progress", "resume", "shards"}
+_CHOOSING = {"allocation", "baselines", "box", "newton", "obs", "ranking", "recipe"}
+_CUTTING = {"cholesky", "compensation", "cutting", "plan", "recovery", "slicing"}
+# What a step imports by way of others and does not come to. `pruning`, which captures, also applies plans; the step
+# that evaluates pruned models cuts without recovery, and leaves that to them where it evaluates a dense one.
+UNUSED = {
+    "calibrate": {"ragged_multimodal"},
+    "capture": {*_CHOOSING, *_CUTTING, "ragged_multimodal"},
+    "score": {"budget", "plan", "pruning", "ragged_multimodal", "recovery", "stock"},
+    "prune": {"ragged_multimodal"},
+    "compensate": _CHOOSING - {"recipe"},
+    "evaluate_dense": {*_CHOOSING, *_CUTTING, "pruning", "ragged_multimodal", "second_moments"},
+    "evaluate": {*_CHOOSING, "cholesky", "compensation", "second_moments"},
+    "summary": {"ragged_multimodal"},
+}
 
 RUNNING = """Running stage 'score@small':
 > python -m tasks score small
@@ -120,26 +134,49 @@ def declared_stages() -> dict[str, dict]:
     return {name: stage.get("do", stage) for name, stage in declared.items()}
 
 
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the library that a file imports."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    own = {node.module.removeprefix("numprune.") for node in nodes if (node.module or "").startswith("numprune.")}
+    return own | {name.name for node in nodes if node.module == "numprune" for name in node.names}
+
+
+def reached_modules(path: Path) -> set[str]:
+    """Modules of the library that a file imports, and those that they import."""
+    reached: set[str] = set()
+    left = imported_modules(path)
+    while left := left - PLUMBING - reached:
+        reached |= left
+        left = set().union(*(imported_modules(ROOT / f"numprune/{module}.py") for module in left))
+    return reached
+
+
 @pytest.mark.parametrize("name", [name for name, stage in declared_stages().items() if "numprune/" in str(stage)])
 def test_stages_depend_on_the_code_they_import(name: str) -> None:
-    """A change of a step or of a library module it uses must not go unnoticed."""
+    """A change of a step or of a library module it uses, by whatever way, must not go unnoticed."""
     stage = declared_stages()[name]
     step = Path("tasks", stage["cmd"].split()[3] + ".py")
-    tree = ast.parse((ROOT / step).read_text(encoding="utf-8"))
-    imported = {
-        node.module.removeprefix("numprune.")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("numprune.")
-    }
-    # The dense model is evaluated by the same step, which then leaves plans alone.
-    unused = {"cutting", "plan", "pruning"} if name == "evaluate_dense" else set()
-    needed = {f"numprune/{module}.py" for module in imported - PLUMBING - unused} | {step.as_posix()}
-    assert needed <= set(stage["deps"])
+    reached = reached_modules(ROOT / step) - UNUSED.get(name, set())
+    assert {f"numprune/{module}.py" for module in reached} | {step.as_posix()} <= set(stage["deps"])
 
 
 def test_declared_files_exist() -> None:
     code = {dep for stage in declared_stages().values() for dep in stage.get("deps", []) if dep.endswith(".py")}
     assert [path for path in sorted(code) if not (ROOT / path).is_file()] == []
+
+
+def test_nothing_runs_beside_the_search_for_a_latency() -> None:
+    graph = {"score@m": set(), "evaluate_dense@m": set()}
+    for budget in ("0.2", "latency-5ms"):
+        graph |= {f"prune@m-{budget}": {"score@m"}, f"compensate@m-{budget}": {f"prune@m-{budget}"}}
+        graph |= {f"benchmark@m-{budget}": {f"compensate@m-{budget}"}}
+    assert list(side_by_side(graph)) == [
+        ["score@m", "evaluate_dense@m", "prune@m-0.2", "compensate@m-0.2"],
+        ["benchmark@m-0.2"],
+        ["prune@m-latency-5ms"],
+        ["compensate@m-latency-5ms"],
+        ["benchmark@m-latency-5ms"],
+    ]
 
 
 def test_nothing_runs_beside_a_benchmark() -> None:

@@ -81,6 +81,33 @@ def test_what_is_named_twice_is_refused(content: dict[str, Any], tmp_path: Path,
         load(content, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (
+            "registry",
+            {"tracking_uri": "postgresql://team:secret@db/mlflow"},
+            "registry.tracking_uri: .*postgresql://db/mlflow stands with a password in it",
+        ),
+        ("watch", {"git_remote": "https://robot:secret@git.example/models"}, "watch.git_remote: .*with a password"),
+        (
+            "watch",
+            {"sources": [{"kind": "feed", "url": "https://robot:secret@feed.example/list"}]},
+            r"watch\.sources\.0\.feed\.url: .*with a password",
+        ),
+        ("registry", {"tracking_uri": "sqlite:///mlflow.db"}, "must lie in a folder of its own"),
+        ("signing", {"key": "keys/private.pem"}, "signing.key: .*must be an absolute path"),
+    ],
+)
+def test_what_must_not_stand_in_the_file(
+    content: dict[str, Any], tmp_path: Path, section: str, values: dict[str, Any], message: str
+) -> None:
+    content[section] |= values
+    with pytest.raises(NumpruneError, match=message) as caught:
+        load(content, tmp_path)
+    assert "secret" not in str(caught.value)
+
+
 def test_address_of_a_dask_cluster_needs_the_runner(content: dict[str, Any], tmp_path: Path) -> None:
     content["orchestration"]["address"] = "tcp://node-1:8786"
     with pytest.raises(NumpruneError, match=r"orchestration: .*set runner to dask"):

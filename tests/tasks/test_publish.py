@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from mlflow import MlflowClient
 
 from numprune.errors import NumpruneError
-from tasks.publish import find_publication, publish, read_release
+from tasks.publish import find_publication, git_state, publish, read_release
 from tasks.registry import version_folder
 from tests.tasks.conftest import MODEL, Workspace, weights_size, write
 
@@ -307,3 +308,19 @@ def test_stages_of_budgets_that_are_no_longer_asked_for_do_not_count(client: Mlf
     published = publish(MODEL, "0.2")
     found = client.get_model_version(MODEL, str(published.version)).tags["calibration_hash"]
     assert found == hashlib.md5(Path(f"artifacts/{MODEL}/calibration.safetensors").read_bytes()).hexdigest()
+
+
+def test_changes_of_the_code_count_wherever_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo of images runs in a folder that git ignores."""
+    own = tmp_path / "own/folder"
+    own.mkdir(parents=True)
+    monkeypatch.chdir(own)
+    for name, text in ((".gitignore", "/own/"), ("code", "first"), ("dvc.lock", "first")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-q", "-m", "All"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "dvc.lock").write_text("second", encoding="utf-8")
+    assert git_state()["git_dirty"] == "false"
+    (tmp_path / "code").write_text("second", encoding="utf-8")
+    assert git_state()["git_dirty"] == "true"

@@ -117,6 +117,16 @@ def test_configured_identity_is_used(root: Path, entry: Entry, parameters: Param
     assert run(root, "git", "log", "-1", "--format=%an", entry.branch).strip() == "Somebody"
 
 
+def test_inputs_that_git_ignores_are_there(root: Path, parameters: Parameters, entry: Entry) -> None:
+    (root / "data").mkdir()
+    (root / "data/mine.txt").write_text("text", encoding="utf-8")
+    calibration = parameters.calibration.model_copy(update={"data": "data/mine.txt"})
+    named = parameters.model_copy(update={"calibration": calibration})
+    folder = checkout.prepare(replace(entry, key=replace(entry.key, parameters=shaping_hash(named))), named, root)
+    assert (folder / "data/mine.txt").read_text(encoding="utf-8") == "text"
+    assert "data" not in run(folder, "git", "status", "--porcelain")
+
+
 def test_results_are_shared_through_the_cache(root: Path, entry: Entry, parameters: Parameters) -> None:
     folder = checkout.prepare(entry, parameters, root)
     dvc(folder, "repro")

@@ -5,10 +5,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,18 @@ LEASE = 0.2
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/folder/ledger.db"
+
+
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets seconds pass on the ledger's clock, which otherwise stands still: the machine may be slow."""
+    clock = SimpleNamespace(time=lambda: clock.now, now=1e9)
+    monkeypatch.setattr(module, "time", clock)
+
+    def pass_by(seconds: float) -> None:
+        clock.now += seconds
+
+    return pass_by
 
 
 @pytest.fixture
@@ -64,6 +77,7 @@ def test_other_parameters_are_other_work_on_another_branch(ledger: Ledger) -> No
     assert entry.branch == f"release/model/{REVISION[:12]}-22222222"
 
 
+@pytest.mark.usefixtures("wait")
 def test_one_claims_until_it_is_done(ledger: Ledger) -> None:
     assert not ledger.claim(KEY, "first")
     ledger.announce(RELEASE, PARAMETERS)
@@ -76,14 +90,16 @@ def test_one_claims_until_it_is_done(ledger: Ledger) -> None:
     assert ledger.unfinished(PARAMETERS) == []
 
 
-def test_signs_of_life_keep_a_claim_and_a_stale_one_is_taken_over(ledger: Ledger) -> None:
+def test_signs_of_life_keep_a_claim_and_a_stale_one_is_taken_over(
+    ledger: Ledger, wait: Callable[[float], None]
+) -> None:
     ledger.announce(RELEASE, PARAMETERS)
     ledger.claim(KEY, "first")
     for _ in range(4):
-        time.sleep(LEASE / 2)
+        wait(LEASE / 2)
         assert ledger.beat(KEY, "first")
         assert not ledger.claim(KEY, "second")
-    time.sleep(1.5 * LEASE)
+    wait(1.5 * LEASE)
     assert ledger.claim(KEY, "second")
     # The first was not dead after all: it learns that it lost the release, and can change nothing.
     assert not ledger.beat(KEY, "first")
@@ -93,20 +109,20 @@ def test_signs_of_life_keep_a_claim_and_a_stale_one_is_taken_over(ledger: Ledger
     assert state(ledger) == RUNNING
 
 
-def test_what_was_never_claimed_is_announced_again(ledger: Ledger) -> None:
+def test_what_was_never_claimed_is_announced_again(ledger: Ledger, wait: Callable[[float], None]) -> None:
     ledger.announce(RELEASE, PARAMETERS)
-    time.sleep(1.1 * PATIENCE * LEASE)
+    wait(1.1 * PATIENCE * LEASE)
     assert ledger.announce(RELEASE, PARAMETERS)
     assert not ledger.announce(RELEASE, PARAMETERS)
 
 
-def test_a_dead_run_is_announced_again_and_a_living_one_is_not(ledger: Ledger) -> None:
+def test_a_dead_run_is_announced_again_and_a_living_one_is_not(ledger: Ledger, wait: Callable[[float], None]) -> None:
     ledger.announce(RELEASE, PARAMETERS)
     ledger.claim(KEY, "first")
-    time.sleep(1.1 * PATIENCE * LEASE)
+    wait(1.1 * PATIENCE * LEASE)
     ledger.beat(KEY, "first")
     assert not ledger.announce(RELEASE, PARAMETERS)
-    time.sleep(1.5 * LEASE)
+    wait(1.5 * LEASE)
     assert ledger.announce(RELEASE, PARAMETERS)
 
 
