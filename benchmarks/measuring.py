@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -105,26 +104,21 @@ class Bench:
     def measure(
         self, recipe: Recipe, ratio: float, *, further: Callable[[PreTrainedModel], Row] = lambda _model: {}
     ) -> Row:
-        """Cuts the model by a recipe: share removed, perplexity, and seconds for the choice and for the cut.
+        """Cuts the model by a recipe: share removed and perplexity.
 
         A ratio that the recipe cannot reach on this model gives a row that says why, and no perplexity. `further`
         measures what else is asked for of the pruned model.
         """
-        start = time.monotonic()
         try:
             choice = self.choose(recipe, ratio)
         except NumpruneError as error:
             return {"impossible": str(error)}
-        chosen = time.monotonic()
         pruned = twin(self.model)
         for _ in cut(pruned, choice.kept, self._measured, recovery=recipe.recovery, damping=recipe.damping):
             pass
-        done = time.monotonic()
         return {
             "removed": 1 - prunable_parameters(pruned) / prunable_parameters(self.model),
             "perplexity": self._perplexity(pruned),
-            "seconds_to_choose": chosen - start,
-            "seconds_to_cut": done - chosen,
             **further(pruned),
         }
 

@@ -18,7 +18,7 @@ def measure(folder: Path, evaluation: Evaluation) -> dict[str, Any]:
     windows, text_bytes = evaluation_windows(
         evaluation.data, str(folder), length=evaluation.length, max_tokens=evaluation.max_tokens
     )
-    model = load_model(folder)
+    model = load_model(folder, dtype=torch.float32)
     measured = perplexity(torch.cat(list(window_losses(model, windows))), windows.length, text_bytes)
     return {
         "perplexity": measured.perplexity,

@@ -185,7 +185,7 @@ def safe_name(name: str) -> str:
     """A folder name that git, DVC and MLflow all take, without dots: DVC takes them for the levels of params.yaml.
 
     A dot becomes an underscore. Where other characters have to go, some digits of the hash of the whole name follow,
-    so that different names stay different.
+    so that names that differ in more than that stay different.
 
     Raises:
         NumpruneError: If nothing is left, or the name is one of the repository's own models.
