@@ -17,7 +17,7 @@ from numprune.memory import in_main_memory
 from numprune.overlap import WriteBehind
 from numprune.ranks import is_first
 from numprune.recovery import Recovery, Streams
-from numprune.resume import Saved, writing
+from numprune.resume import Saved, reading, writing
 from numprune.slicing import Compensation, slice_block
 from numprune.statistics import Damping, Measured
 from numprune.streaming import forget, store, visit
@@ -136,7 +136,7 @@ def _restored(dense: nn.Module, groups: Sequence[PrunableGroup], kept: Mapping[s
     """A block that was cut before: the dense one's modules in the shapes of what is stored."""
     pruned = _copy(dense)
     slice_block(pruned, groups, kept)
-    with safe_open(path, "pt") as file:
+    with reading(path), safe_open(path, "pt") as file:
         names = set(file.keys())
     for name in names - pruned.state_dict().keys():  # Biases that recovery added.
         owner, _, parameter = name.rpartition(".")

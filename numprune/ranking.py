@@ -15,6 +15,7 @@ from numprune.box import box_score
 from numprune.files import replace_on_success
 from numprune.newton import newton_direction
 from numprune.obs import loss_curve, removal_order
+from numprune.resume import reading
 from numprune.statistics import Moments
 
 Selection = Literal["newton", "box", "obs", "random", "magnitude", "wanda_sp", "flap"]
@@ -115,7 +116,9 @@ def save_rankings(rankings: Mapping[str, Ranking], path: Path) -> None:
 def load_rankings(path: Path) -> dict[str, Ranking]:
     """Reads rankings by their groups' names."""
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path).items():
+    with reading(path):
+        tensors = load_file(path)
+    for key, tensor in tensors.items():
         name, _, part = key.rpartition(".")
         parts.setdefault(name, {})[part] = tensor
-    return {name: Ranking(**tensors) for name, tensors in parts.items()}
+    return {name: Ranking(**of_group) for name, of_group in parts.items()}

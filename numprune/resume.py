@@ -148,3 +148,16 @@ def writing(folder: Path) -> Iterator[None]:
         raise NumpruneError(
             f"{folder} cannot be written: {error}. What is done stays there: free some space and run again to go on."
         ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Says which file it is that cannot be read.
+
+    Raises:
+        NumpruneError: If the file is truncated or damaged.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise NumpruneError(f"{path} is truncated or damaged ({error}): remove it and run again.") from error

@@ -15,7 +15,7 @@ from numprune.cholesky import shrinkage
 from numprune.files import replace_on_success
 from numprune.memory import in_main_memory
 from numprune.overlap import read_ahead
-from numprune.resume import writing
+from numprune.resume import reading, writing
 from numprune.samples import Samples
 
 Damping = float | Literal["auto"]
@@ -80,7 +80,8 @@ class BlockStatistics:
     @classmethod
     def load(cls, folder: Path, block: int, *, pinned: bool = False) -> "BlockStatistics":
         """One block's file in a folder: mapped, or read into memory that a GPU copies from by itself, if `pinned`."""
-        with safe_open(_path(folder, block), "pt") as file:
+        path = _path(folder, block)
+        with reading(path), safe_open(path, "pt") as file:
             counts = json.loads(file.metadata()["counts"])
             moments = {
                 name: Moments(_read(file, f"{name}.gram", pinned), _read(file, f"{name}.mean", pinned), count)

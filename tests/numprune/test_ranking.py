@@ -7,6 +7,7 @@ import torch
 from numprune.architectures import KINDS, PrunableGroup
 from numprune.baselines import baseline_score, standardised
 from numprune.box import box_score
+from numprune.errors import NumpruneError
 from numprune.newton import numerical_score
 from numprune.obs import loss_curve, removal_order
 from numprune.ranking import Ranking, Selection, load_rankings, rank, save_rankings
@@ -152,3 +153,12 @@ def test_a_file_brings_rankings_back(tmp_path):
                 assert wanted.dtype == found.dtype
                 assert torch.equal(wanted, found)
     assert [path.name for path in tmp_path.iterdir()] == ["rankings.safetensors"]
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    path = tmp_path / "rankings.safetensors"
+    save_rankings({"0.mlp": Ranking(torch.ones(3), torch.arange(3))}, path)
+    assert load_rankings(path).keys() == {"0.mlp"}
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(NumpruneError, match=r"rankings\.safetensors is truncated or damaged"):
+        load_rankings(path)
