@@ -32,6 +32,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
+from numprune import pickled
 from numprune.architectures import check_supported, decoder_blocks
 from numprune.errors import NumpruneError
 from numprune.memory import free_memory
@@ -39,7 +40,6 @@ from numprune.multimodal import holder_of, language_config, language_model, mode
 from numprune.shards import INDEX, SINGLE
 from numprune.streaming import StoredTensors, is_finite, store
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DOWNLOADED = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
 PLAN_FILE = "pruning_plan.json"
 # In a folder of its own: some engines take every safetensors file beside config.json for weights.
@@ -255,7 +255,7 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / Path(name).name for name in sorted(set(shards))]
     elif (folder / SINGLE).exists():
         files = [folder / SINGLE]
-    elif any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+    elif any(path.suffix.lower() in pickled.SUFFIXES for path in folder.iterdir()):
         raise NumpruneError(
             f"{folder} holds its weights only as pickles, which can run code when opened. Convert it once with "
             "`model.save_pretrained(folder)` from a source you trust."

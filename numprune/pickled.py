@@ -14,6 +14,9 @@ from torch import Tensor
 
 from numprune.errors import NumpruneError
 
+# Of files that may hold pickles, which run code when they are opened.
+SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
+
 
 def load_tensors(path: Path, *, wrappers: Sequence[str] = ()) -> dict[str, Tensor]:
     """Reads the tensors of a checkpoint file; code in a pickle is not run.

@@ -9,12 +9,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from numprune import pickled
 from numprune.card import CARD
 from numprune.checkpoint import PLAN_FILE, load_config, weight_files
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan
-
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 
 
 def push(folder: Path, repository: str, *, public: bool = False) -> str:
@@ -61,7 +60,7 @@ def _check(folder: Path, repository: str) -> None:
     load_config(folder)
     weight_files(folder)
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in _PICKLES:
+        if path.suffix.lower() in pickled.SUFFIXES:
             raise NumpruneError(f"{path} may hold a pickle, which can run code when opened: remove it.")
         if path.is_symlink():
             raise NumpruneError(f"{path} is a link: what it points to would be uploaded. Remove it.")

@@ -12,8 +12,8 @@ from flows.progress import artifact_key
 from flows.stages import Ending, Progress, is_unchanged, run_stage, side_by_side, stage_graph
 from tests.flows.conftest import ROOT
 
-# They change no result: messages, progress lines, renaming of finished files, where states, work and tensors lie.
-PLUMBING = {"errors", "files", "memory", "overlap", "progress", "resume", "shards"}
+# They change no result: messages, refusals, progress lines, renaming of finished files, where states and tensors lie.
+PLUMBING = {"errors", "files", "memory", "overlap", "pickled", "progress", "resume", "shards"}
 _CHOOSING = {"allocation", "baselines", "box", "newton", "obs", "ranking", "recipe"}
 _CUTTING = {"cholesky", "compensation", "cutting", "plan", "recovery", "slicing"}
 # What a step imports by way of others and does not come to. `pruning`, which captures, also applies plans; the step
