@@ -101,6 +101,7 @@ def speed(
                         rows.append(_together([other[number] for other in runs]))
                         if is_first():
                             print(_line(rows[-1]), flush=True)
+                del bench  # Before the next one comes.
     if not is_first():
         return
     by_ranks: list[Row] = []
@@ -323,8 +324,9 @@ _HEAD = (
 
 def _together(rows: Sequence[Row]) -> Row:
     """One row of several runs."""
-    seconds, peaks = ([row[key] for row in rows] for key in ("seconds", "peak"))
-    return {**rows[0], "seconds": statistics.median(seconds), "peak": max(peaks)}
+    # The formula of that run, too: it begins with what the process had before.
+    highest = max(rows, key=lambda row: row["peak"])
+    return {**highest, "seconds": statistics.median(row["seconds"] for row in rows)}
 
 
 def _line(row: Row) -> str:

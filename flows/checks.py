@@ -60,7 +60,7 @@ def _model_type(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return config.get("model_type") if isinstance(config, dict) else None
+    return str(config.get("model_type", "")).removeprefix("ragged_") if isinstance(config, dict) else None
 
 
 def _data(parameters: Parameters) -> Iterator[str]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from tasks.registry.promote import Decision
 
 
+_ATTEMPTS = 5
+
+
 class Approval(RunInput):
     """What a person decides about a version that the gate lets through."""
 
@@ -75,8 +78,12 @@ def _promote(reference: str, approval: bool, approval_hours: float) -> State[Any
         if not answer.approve:
             return Completed(name="Declined", message=f"Declined by {answer.by}: {answer.reason}")
         by, reason = answer.by, answer.reason or "Approved."
-    # Verified and measured against the champion of this moment, whatever happened while the run was paused.
-    decision = decide(reference, by=by, reason=reason)
+    # Verified and measured against the champion of this moment, whatever happened while the run was paused. Versions of
+    # one release are registered, and promoted, at the same time: whoever was overtaken looks at the new champion.
+    for _ in range(_ATTEMPTS):
+        decision = decide(reference, by=by, reason=reason)
+        if not decision.overtaken:
+            break
     return _state(decision)
 
 

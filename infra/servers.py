@@ -55,7 +55,7 @@ class Servers:
     mlflow: str
     """Address of MLflow, for `registry.tracking_uri`."""
     ledger: str
-    """Database of the releases seen, for `watch.ledger`."""
+    """Database of the releases seen, for `NUMPRUNE_LEDGER`: the address may hold a password."""
     environment: Mapping[str, str]
     """Addresses and credentials, for the environment of every client."""
 

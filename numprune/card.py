@@ -123,8 +123,7 @@ model = AutoModelForCausalLM.from_pretrained("{title}"{trust})
     engines = []
     if all(layer.get("num_attention_heads") != 0 for layer in layers):  # vLLM takes no layer without an attention.
         engines.append(f"    vllm serve {title}{flag}")
-    in_llama_cpp = family in RAGGED_IN_LLAMA_CPP if ragged else family not in NOT_IN_LLAMA_CPP
-    if in_llama_cpp and not config.get("consumer_bias"):
+    if family in RAGGED_IN_LLAMA_CPP if ragged else family not in NOT_IN_LLAMA_CPP:
         engines.append(f"    numprune export gguf {title} -o model.gguf     # for llama.cpp")
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -241,6 +241,12 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
+def block_bytes(folder: Path, dtype: torch.dtype | str) -> int:
+    """Bytes of all decoder blocks of a model folder in a data type; `auto` is the checkpoint's."""
+    itemsize = (dtype if isinstance(dtype, torch.dtype) else stored_dtype(folder)).itemsize
+    return itemsize * sum(parameter.numel() for parameter in decoder_blocks(load_shapes(folder)).parameters())
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, each checked to be there and whole.
 
@@ -289,18 +295,16 @@ def _digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def check_output(folder: Path, needed_bytes: int) -> None:
-    """Refuses, before any work, an output folder that is taken or cannot be replaced, or a disk that is full.
+def check_output(folder: Path) -> None:
+    """Refuses, before any work, an output folder that is taken or cannot be replaced.
 
     Raises:
-        NumpruneError: If the folder holds anything or is a mount point or the working directory, or the disk has less
-            than `needed_bytes` left.
+        NumpruneError: If it holds anything, or is a mount point or the working directory.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise NumpruneError(f"{folder} already holds something: choose another --output or remove it.")
     if folder.exists() and (folder.is_mount() or folder.samefile(Path.cwd())):
         raise NumpruneError(f"{folder} cannot be replaced as a whole: name a folder below it.")
-    check_space(folder, needed_bytes)
 
 
 def check_space(path: Path, needed_bytes: int) -> None:

@@ -6,6 +6,7 @@ one layer's units are worth depends on what is left of the others.
 
 import hashlib
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,7 +33,7 @@ from numprune.plan import Choice
 from numprune.progress import Watch, silent
 from numprune.pruning import capture_to
 from numprune.ranking import Ranking, Selection, load_rankings, rank, save_rankings
-from numprune.ranks import is_first
+from numprune.ranks import is_first, meet
 from numprune.recipe import Recipe
 from numprune.resume import writing
 from numprune.samples import Samples
@@ -251,7 +252,12 @@ class _Search:
         for name, kept in self._kept.items():
             digest.update(f"{name}{kept.tolist()}".encode())
         folder = self._measured.work / f"step-{step}-{digest.hexdigest()[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
+        if is_first():
+            for other in self._measured.work.glob(f"step-{step}-*"):
+                if other != folder:
+                    shutil.rmtree(other)  # Of an attempt before, which nobody comes back to.
+            folder.mkdir(parents=True, exist_ok=True)
+        meet()
         return folder
 
     def choice(self) -> Choice:

@@ -24,6 +24,7 @@ from numprune.budget import linear_costs, readable
 from numprune.calibration import check_data, draw_samples, evaluation_windows
 from numprune.card import write_card
 from numprune.checkpoint import (
+    block_bytes,
     check_output,
     check_space,
     fetch,
@@ -39,6 +40,7 @@ from numprune.convert_commands import app as convert_app
 from numprune.cutting import twin
 from numprune.device import resolve_device, working_dtype
 from numprune.errors import NumpruneError, reported
+from numprune.files import held_bytes
 from numprune.memory import use_huge_pages
 from numprune.miniature import miniature
 from numprune.multimodal import language_config
@@ -46,7 +48,7 @@ from numprune.options import BatchSize, Device, Job, Length, Model, Revision, ta
 from numprune.parity import check_parity, stock_shapes
 from numprune.perplexity import perplexity, scored_tokens, window_losses
 from numprune.plan import PruningPlan, Source, make_plan, to_ranges
-from numprune.planning import choose_within
+from numprune.planning import choose_within, with_biases
 from numprune.progress import track
 from numprune.pruning import apply_plan, capture_to
 from numprune.push import push
@@ -88,8 +90,11 @@ def prune(
 
         numprune prune meta-llama/Llama-3.1-8B --size 8GB --calibration text.txt --output out/
     """
-    check_output(output, _needed_bytes(job))
+    if job.budget.kind == "latency" and ranks() > 1:
+        raise NumpruneError("A latency is measured in one process: start without torchrun, or choose another budget.")
+    check_output(output)
     with unfinished(output, **_depends_on(job)) as work:
+        check_space(output, _needed_bytes(job) - held_bytes(work))
         dense, plan, measured = _plan(job, work)
         recipe, blocks = job.settings, len(decoder_blocks(dense))
         applied = apply_plan(dense, plan, measured, recovery=recipe.recovery, damping=recipe.damping, work=work)
@@ -138,11 +143,13 @@ def show_plan(
     console.print(_plan_table(dense, plan))
     console.print(f"Budget {plan.budget}: {plan.achieved_ratio:.2%} of the attention and MLP parameters go.")
     stored = load_shapes(job.folder)
+    pruned = with_biases(stored) if job.settings.recovery == "bias" else stored
     kept = {name: len(group.kept) for name, group in plan.groups.items()}
     units = {name: group.units for name, group in plan.groups.items()}
     for kind in ("parameters", "size", "memory", "flops"):
-        costs = linear_costs(stored, replace(job.budget, kind=kind, value=1))
-        before, after = readable(costs.total(units), kind), readable(costs.total(kept), kind)
+        counted = replace(job.budget, kind=kind, value=1)
+        before = readable(linear_costs(stored, counted).total(units), kind)
+        after = readable(linear_costs(pruned, counted).total(kept), kind)
         console.print(f"  {kind}: {before} -> {after}", highlight=False)
     console.print(f"Time to prune: about {total:.0f} s on this machine ({seconds:.0f} s of it just now).")
 
@@ -306,14 +313,12 @@ def export_to_gguf(
 
 
 def _needed_bytes(job: Job) -> int:
-    """What is known before: statistics of all blocks, and the result no smaller than the model, twice.
+    """What is known before: the result no larger than the model, and what is in the work folder at its end.
 
-    The second time in the precision that is computed in, as the work folder has its blocks.
+    That has statistics and blocks of the dense model, and of the models between two cuts.
     """
-    shapes, precision = load_shapes(job.folder), working_dtype(job.place)
-    itemsize = precision.itemsize if isinstance(precision, torch.dtype) else shapes.dtype.itemsize
-    blocks = sum(parameter.numel() for parameter in decoder_blocks(shapes).parameters())
-    return _statistics_bytes(job.folder) + weight_bytes(job.folder) + blocks * itemsize
+    of_model = _statistics_bytes(job.folder) + block_bytes(job.folder, working_dtype(job.place))
+    return weight_bytes(job.folder) + job.settings.steps * of_model
 
 
 def _statistics_bytes(folder: Path) -> int:
@@ -341,8 +346,6 @@ def _plan(job: Job, work: Path) -> tuple[PreTrainedModel, PruningPlan, Measured]
     if agreed(path.exists()):
         return dense, PruningPlan.load(path), measured
     timed = job.budget.kind == "latency"
-    if timed and ranks() > 1:
-        raise NumpruneError("A latency is measured in one process: start without torchrun, or choose another budget.")
     stored = load_model(job.folder, device=job.place) if timed else load_shapes(job.folder)
     choice = choose_within(job.budget, dense, stored, job.settings, measured, watch=track)
     source = Source(job.model, job.commit, model_fingerprint(job.folder), fingerprint(samples))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from numprune.checkpoint import check_output
+from numprune.checkpoint import check_output, check_space
 from numprune.llamagen_conversion import SIZES, convert_llamagen
 from numprune.vq_conversion import convert_vq
 
@@ -34,7 +34,8 @@ def llamagen(
     Example:
         numprune convert llamagen c2i_XXL_384.pt --size XXL -o models/llamagen-xxl
     """
-    check_output(output, 2 * (checkpoint.stat().st_size if checkpoint.is_file() else 0))
+    check_output(output)
+    check_space(output, 2 * (checkpoint.stat().st_size if checkpoint.is_file() else 0))
     config = convert_llamagen(checkpoint, output, size=size, heads=heads, grid_size=grid_size, average=average)
     kind = f"{config.num_classes} classes" if config.num_classes else f"captions of {config.condition_tokens} tokens"
     typer.echo(
@@ -55,6 +56,7 @@ def llamagen_vq(
     Example:
         numprune convert llamagen-vq vq_ds16_c2i.pt -o models/llamagen-xxl/decoder
     """
-    check_output(output, 2 * (checkpoint.stat().st_size if checkpoint.is_file() else 0))
+    check_output(output)
+    check_space(output, 2 * (checkpoint.stat().st_size if checkpoint.is_file() else 0))
     config = convert_vq(checkpoint, output, grid_size=grid_size)
     typer.echo(f"{output}: {config.num_embeddings} entries of {config.embed_dim}, {grid_size} x {grid_size} tokens.")

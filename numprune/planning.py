@@ -55,7 +55,7 @@ def choose_within(
 
     if budget.kind != "latency":
         if recipe.recovery == "bias":
-            stored = _with_biases(stored)
+            stored = with_biases(stored)
         return choose(*to_remove(stored, budget, minimum=0 if recipe.shapes.depth else 1))
     groups = all_groups(model)
     shapes = within_stock(recipe.shapes, model)
@@ -63,7 +63,7 @@ def choose_within(
     return meet_latency(stored, budget, choose, least=least)
 
 
-def _with_biases(stored: PreTrainedModel) -> PreTrainedModel:
+def with_biases(stored: PreTrainedModel) -> PreTrainedModel:
     """The shapes of a model whose consumers all have a bias, as those of the pruned one are going to."""
     stored = deepcopy(stored)
     for group in all_groups(stored):

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _DIGITS = 16
 
 @contextmanager
 def unfinished(result: Path, **depends_on: Any) -> Iterator[Path]:
-    """Yields the work folder of a result; it stays after an error and is removed after success.
+    """Yields the work folder of a result; it stays after an error, if there is anything in it, and goes after success.
 
     Work of the same result that depended on something else is removed first. A folder `result` in the work folder
     takes the place of the result at the end.
@@ -52,7 +52,12 @@ def unfinished(result: Path, **depends_on: Any) -> Iterator[Path]:
                 shutil.rmtree(other)
         folder.mkdir(parents=True, exist_ok=True)
     meet()
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()  # Refuses unless it is empty.
+        raise
     meet()
     if is_first():
         if (folder / "result").exists():

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -57,8 +57,11 @@ def _without_repeats(items: list[Any]) -> list[Any]:
 
 
 def _without_password(address: str) -> str:
-    if urlsplit(address).password is not None:
-        place = urlsplit(address)._replace(netloc=urlsplit(address).netloc.rpartition("@")[2]).geturl()
+    parts = urlsplit(address)
+    # Before a web address a user's name alone is as good as a password: it is a token.
+    is_token = parts.username is not None and parts.scheme in {"http", "https"}
+    if parts.password is not None or is_token or "password" in parse_qs(parts.query):
+        place = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
         raise ValueError(
             f"{place} stands with a password in it, which would be logged and committed: leave it out, and give it by "
             "the environment or a file of credentials"
@@ -73,7 +76,7 @@ def _wherever_it_runs(key: str) -> str:
 
 
 def _database_in_a_folder(uri: str) -> str:
-    if uri.startswith("sqlite:///") and "/" not in uri.removeprefix("sqlite:///"):
+    if uri.startswith("sqlite:///") and len(Path(uri.removeprefix("sqlite:///")).parts) < 2:
         raise ValueError(f"{uri} must lie in a folder of its own, as in sqlite:///mlflow/mlflow.db")
     return uri
 

@@ -126,7 +126,6 @@ def _configure(checkout: Checkout, running: Servers, releases: Path) -> None:
         content["registry"]["tracking_uri"] = running.mlflow
         content["watch"] |= {
             "sources": [{"kind": "folder", "path": str(releases)}],
-            "ledger": running.ledger,
             "settle_seconds": 0,
         }
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CANDIDATE = "candidate"
 
+# The criterion that nobody else was faster.
+_OVERTAKEN = "champion"
 # The table of criteria names the first of them.
 _SHOWN = 3
 
@@ -48,6 +50,11 @@ class Decision:
     criteria: tuple[Criterion, ...]
     outcome: Literal["accepted", "refused", "unchanged"]
     dry_run: bool
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether all that refused it is another champion, made while this version was looked at."""
+        return [criterion.name for criterion in self.criteria if not criterion.passed] == [_OVERTAKEN]
 
     @property
     def promoted(self) -> bool:
@@ -177,7 +184,7 @@ def _decide(
                 return Decision(version.name, number, before, (), "unchanged", dry_run)
             accepted = False
             why = "somebody else was faster: look at the new champion and try again"
-            criteria.append(Criterion("champion", f"version {now}", f"version {before or 'none'}", False, why))
+            criteria.append(Criterion(_OVERTAKEN, f"version {now}", f"version {before or 'none'}", False, why))
     return Decision(version.name, number, before, tuple(criteria), "accepted" if accepted else "refused", dry_run)
 
 

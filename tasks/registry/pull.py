@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from numprune.checkpoint import check_output
+from numprune.checkpoint import check_output, check_space
 from numprune.errors import NumpruneError
 from tasks.parameters import Signing
 from tasks.provenance.verify import verify_version
@@ -51,7 +51,8 @@ def pull(
             does not agree with its record; nothing is left behind.
     """
     version = resolve(client, reference, default=CHAMPION)
-    check_output(output, int(version.tags.get("checkpoint_bytes", 0)))
+    check_output(output)
+    check_space(output, int(version.tags.get("checkpoint_bytes", 0)))
     output.parent.mkdir(parents=True, exist_ok=True)
     # What is checked is the copy: the registry's files may be others a moment later.
     with tempfile.TemporaryDirectory(prefix=".numprune-", dir=output.parent) as temporary:

@@ -21,6 +21,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.promote import promote
 from flows.verify import verify
+from tasks.registry.connection import all_pages
 from tests.flows.conftest import ROOT, Server
 
 pytestmark = pytest.mark.pipeline
@@ -48,17 +49,17 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 
 @pytest.fixture
 def gate(install: Install) -> list[dict[str, Any]]:
-    """What the gate was asked; it lets `good` through and refuses `bad`."""
+    """What the gate was asked; it lets `good` through, refuses `bad`, and finds `late` overtaken the first time."""
     asked: list[dict[str, Any]] = []
 
     def decide(reference: str, *, by: str, reason: str, dry_run: bool = False) -> Any:
         asked.append({"reference": reference, "by": by, "reason": reason, "dry_run": dry_run})
-        passed = reference.startswith("good")
+        overtaken = reference.startswith("late") and len(asked) == 1
+        passed = reference.startswith(("good", "late")) and not overtaken
         criterion = SimpleNamespace(name="perplexity ratio", value="1.05", limit="1.1", passed=passed, why="")
         outcome = "accepted" if passed else "refused"
-        return SimpleNamespace(
-            model=reference, version=3, champion=None, criteria=(criterion,), outcome=outcome, dry_run=dry_run
-        )
+        said = {"model": reference, "version": 3, "champion": None, "criteria": (criterion,), "outcome": outcome}
+        return SimpleNamespace(**said, dry_run=dry_run, overtaken=overtaken)
 
     install("tasks.registry.promote", promote=decide)
     return asked
@@ -98,6 +99,11 @@ def test_version_that_passes(gate: list[dict[str, Any]], messages: list[dict[str
     (message,) = messages
     assert message["subject"] == "numprune: good@candidate promoted"
     assert "passed: perplexity ratio 1.05, limit 1.1" in message["body"]
+
+
+def test_who_was_overtaken_looks_at_the_new_champion(gate: list[dict[str, Any]]) -> None:
+    assert promote("late", return_state=True).name == "Promoted"
+    assert [call["dry_run"] for call in gate] == [False, False]
 
 
 def test_refusal_is_a_completed_run(gate: list[dict[str, Any]]) -> None:
@@ -144,7 +150,15 @@ def test_nobody_is_asked_about_what_is_refused(gate: list[dict[str, Any]]) -> No
 
 
 @pytest.fixture
-def registry(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+def logged() -> dict[str, int]:
+    """Champions by the log of promotions."""
+    return {}
+
+
+@pytest.fixture
+def registry(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: dict[str, int]
+) -> dict[str, list[str]]:
     """Models with and without a champion; the verification finds what stands in the result."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
@@ -157,7 +171,13 @@ def registry(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         if name != "third":
             client.set_registered_model_alias(name, "champion", "1")
     found: dict[str, list[str]] = {}
-    install("tasks.registry.connection", connect=lambda _: client)
+    install("tasks.registry.connection", connect=lambda _: client, all_pages=all_pages)
+    install(
+        "tasks.registry.promotion_log",
+        CHAMPION="champion",
+        read_promotions=lambda _client, model: model,
+        champion=logged.get,
+    )
     install("tasks.registry.version_folder", local_folder=lambda _client, _version, target: target)
     install("tasks.provenance.verify", verify_version=lambda _c, version, *_a, **_k: found.get(version.name, []))
     return found
@@ -180,3 +200,11 @@ def test_champion_that_does_not_agree_is_told_loudly(
     assert "second" not in str(state.message)
     (message,) = messages
     assert "model.safetensors: changed" in message["body"]
+
+
+def test_champion_that_only_the_log_names_is_looked_at(registry: dict[str, list[str]], logged: dict[str, int]) -> None:
+    logged["third"] = logged["first"] = 1
+    registry["third"] = ["the alias champion is missing"]
+    state = verify(return_state=True)
+    assert state.is_failed()
+    assert str(state.message) == "third version 1:\n  the alias champion is missing"

@@ -13,20 +13,33 @@ from flows.stages import Ending, Progress, is_unchanged, run_stage, side_by_side
 from tests.flows.conftest import ROOT
 
 # They change no result: messages, refusals, progress lines, renaming of finished files, where states and tensors lie.
-PLUMBING = {"errors", "files", "memory", "overlap", "pickled", "progress", "resume", "shards"}
+PLUMBING = {
+    *(
+        f"numprune/{name}.py"
+        for name in ("errors", "files", "memory", "overlap", "pickled", "progress", "resume", "shards")
+    ),
+    *(f"tasks/{name}.py" for name in ("layout", "parameters", "step")),
+}
 _CHOOSING = {"allocation", "baselines", "box", "newton", "obs", "ranking", "recipe"}
 _CUTTING = {"cholesky", "compensation", "cutting", "plan", "recovery", "slicing"}
 # What a step imports by way of others and does not come to. `pruning`, which captures, also applies plans; the step
-# that evaluates pruned models cuts without recovery, and leaves that to them where it evaluates a dense one.
+# that evaluates pruned models cuts without recovery, and leaves all of that where it evaluates a dense one; the report
+# reads what plans and rankings say.
 UNUSED = {
     "calibrate": {"ragged_multimodal"},
     "capture": {*_CHOOSING, *_CUTTING, "ragged_multimodal"},
     "score": {"budget", "plan", "pruning", "ragged_multimodal", "recovery", "stock"},
     "prune": {"ragged_multimodal"},
     "compensate": _CHOOSING - {"recipe"},
-    "evaluate_dense": {*_CHOOSING, *_CUTTING, "pruning", "ragged_multimodal", "second_moments"},
-    "evaluate": {*_CHOOSING, "cholesky", "compensation", "second_moments"},
-    "summary": {"ragged_multimodal"},
+    "evaluate_dense": {
+        *(*_CHOOSING, *_CUTTING, "budget", "generation_benchmark", "pruning"),
+        *("ragged_multimodal", "reconstruction", "second_moments"),
+    },
+    "evaluate": {*_CHOOSING, "budget", "cholesky", "compensation", "second_moments"},
+    "summary": {
+        *("baselines", "batches", "box", "capture", "cholesky", "newton", "obs", "ragged_multimodal", "ranks"),
+        *("recovery", "samples", "second_moments", "statistics", "streaming"),
+    },
 }
 
 RUNNING = """Running stage 'score@small':
@@ -134,21 +147,22 @@ def declared_stages() -> dict[str, dict]:
     return {name: stage.get("do", stage) for name, stage in declared.items()}
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Modules of the library that a file imports."""
+def imported_files(path: Path) -> set[Path]:
+    """Modules of the library and of the steps that a file imports, but for plumbing."""
     nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
-    own = {node.module.removeprefix("numprune.") for node in nodes if (node.module or "").startswith("numprune.")}
-    return own | {name.name for node in nodes if node.module == "numprune" for name in node.names}
+    names = {node.module or "" for node in nodes}
+    names |= {f"numprune.{name.name}" for node in nodes if node.module == "numprune" for name in node.names}
+    files = {ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith(("numprune.", "tasks."))}
+    return {file for file in files if file.is_file() and file.relative_to(ROOT).as_posix() not in PLUMBING}
 
 
 def reached_modules(path: Path) -> set[str]:
-    """Modules of the library that a file imports, and those that they import."""
-    reached: set[str] = set()
-    left = imported_modules(path)
-    while left := left - PLUMBING - reached:
+    """Modules of the library that a file imports, and those that what it imports does."""
+    reached: set[Path] = set()
+    left = {path}
+    while left := set().union(*map(imported_files, left)) - reached:
         reached |= left
-        left = set().union(*(imported_modules(ROOT / f"numprune/{module}.py") for module in left))
-    return reached
+    return {file.stem for file in reached if file.parent.name == "numprune"}
 
 
 @pytest.mark.parametrize("name", [name for name, stage in declared_stages().items() if "numprune/" in str(stage)])

@@ -16,7 +16,6 @@ def test_what_llama_cpp_reads_is_what_is_exported():
         ({"model_type": "llama"}, True, True),
         ({"model_type": "opt"}, True, False),
         ({"model_type": "ragged_llama", "auto_map": {}}, True, True),
-        ({"model_type": "ragged_llama", "auto_map": {}, "consumer_bias": True}, True, False),
         ({"model_type": "ragged_gemma2", "auto_map": {}}, True, False),
         ({"model_type": "ragged_qwen2", "auto_map": {}, "per_layer_config": {}}, True, True),
         (

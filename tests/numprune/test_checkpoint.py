@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 from numprune.architectures import all_groups, prunable_groups
 from numprune.calibration import draw_samples
 from numprune.capture import capture
-from numprune.checkpoint import check_output, fingerprint, load_model
+from numprune.checkpoint import check_output, check_space, fingerprint, load_model
 from numprune.errors import NumpruneError
 from numprune.plan import PruningPlan, Source, make_plan
 from numprune.pruning import apply_plan, capture_to
@@ -268,13 +268,13 @@ def test_a_missing_shard_is_named(make_checkpoint):
 def test_a_taken_output_is_refused(tmp_path):
     (tmp_path / "config.json").touch()
     with pytest.raises(NumpruneError, match="already holds something"):
-        check_output(tmp_path, 0)
-    check_output(tmp_path / "new", 0)
+        check_output(tmp_path)
+    check_output(tmp_path / "new")
 
 
 def test_a_full_disk_is_found_before_the_work(tmp_path):
     with pytest.raises(NumpruneError, match="are needed"):
-        check_output(tmp_path / "new", 10**18)
+        check_space(tmp_path / "new", 10**18)
 
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(make_checkpoint, tmp_path):

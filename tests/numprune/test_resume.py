@@ -1,15 +1,19 @@
 """Work that was killed goes on where it stopped, and what comes out is the same bit by bit."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from fnmatch import fnmatch
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 
 from numprune.errors import NumpruneError
+from numprune.files import held_bytes
 from numprune.resume import unfinished, writing
 from tests.numprune.conftest import CONFIGS
 from tests.processes import FORKED
@@ -106,7 +110,7 @@ def test_a_disk_that_runs_full_loses_nothing(make_checkpoint, text_file, tmp_pat
 
     output = disk(_statistics_bytes(folder) + weight_bytes(folder) + spare) / "out"
     with (
-        patch("numprune.cli.check_output"),
+        patch("numprune.cli.check_space"),
         pytest.raises(NumpruneError, match=r"cannot be written: .*free some space and run again"),
     ):
         prune_to(output)
@@ -117,6 +121,31 @@ def test_a_disk_that_runs_full_loses_nothing(make_checkpoint, text_file, tmp_pat
     prune_to(output)
     prune_to(tmp_path / "whole")
     assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_what_is_done_needs_no_space_again(make_checkpoint, text_file, tmp_path):
+    from numprune.cli import app
+
+    options = ["--ratio", "0.3", "--calibration", text_file, "--samples", "8", "--length", "32"]
+    arguments = ["prune", make_checkpoint(), *options]
+
+    def prune_to(output, free):
+        with patch("shutil.disk_usage", return_value=SimpleNamespace(free=free)):
+            app([*map(str, [*arguments, "--output", output])], standalone_mode=False)
+
+    def needed(output):
+        with pytest.raises(NumpruneError, match="bytes are needed, 0 are free") as caught:
+            prune_to(output, free=0)
+        return int(re.search(r"([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
+
+    output = tmp_path / "out"
+    before = needed(output)
+    assert work_folder(output) is None  # Nothing is in it.
+    with patch("numprune.cli.save_pruned", side_effect=RuntimeError), pytest.raises(RuntimeError):
+        prune_to(output, free=before)
+    assert needed(output) == before - held_bytes(work_folder(output))
+    prune_to(output, free=needed(output))
+    assert output.exists()
 
 
 def test_another_text_under_the_same_name_begins_anew(make_checkpoint, text_file, tmp_path):
@@ -130,17 +159,23 @@ def test_another_text_under_the_same_name_begins_anew(make_checkpoint, text_file
     assert contents(output) == contents(tmp_path / "whole")
 
 
-def test_work_for_another_result_stays(tmp_path):
-    with pytest.raises(RuntimeError), unfinished(tmp_path / "out.v2") as other:
+def interrupted(result, **depends_on):
+    """The work folder of a run that came to an error after it had done something."""
+    with suppress(RuntimeError), unfinished(result, **depends_on) as folder:
+        (folder / "done").touch()
         raise RuntimeError
+    return folder
+
+
+def test_work_for_another_result_stays(tmp_path):
+    other = interrupted(tmp_path / "out.v2")
     for name in ("out", "[o]ut.v2"):
         with unfinished(tmp_path / name):
             assert other.exists()
 
 
 def test_work_for_something_else_is_not_continued(tmp_path):
-    with pytest.raises(RuntimeError), unfinished(tmp_path / "out", ratio=0.2) as first:
-        raise RuntimeError
+    first = interrupted(tmp_path / "out", ratio=0.2)
     assert first.exists()
     with unfinished(tmp_path / "out", ratio=0.3) as second:
         assert not first.exists()

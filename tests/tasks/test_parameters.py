@@ -95,6 +95,13 @@ def test_what_is_named_twice_is_refused(content: dict[str, Any], tmp_path: Path,
             {"sources": [{"kind": "feed", "url": "https://robot:secret@feed.example/list"}]},
             r"watch\.sources\.0\.feed\.url: .*with a password",
         ),
+        (
+            "watch",
+            {"git_remote": "https://secret@git.example/models"},
+            "watch.git_remote: .*https://git.example/models",
+        ),
+        ("watch", {"ledger": "postgresql://db/ledger?password=secret"}, "watch.ledger: .*with a password"),
+        ("registry", {"tracking_uri": "sqlite:///./mlflow.db"}, "must lie in a folder of its own"),
         ("registry", {"tracking_uri": "sqlite:///mlflow.db"}, "must lie in a folder of its own"),
         ("signing", {"key": "keys/private.pem"}, "signing.key: .*must be an absolute path"),
     ],
@@ -106,6 +113,12 @@ def test_what_must_not_stand_in_the_file(
     with pytest.raises(NumpruneError, match=message) as caught:
         load(content, tmp_path)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("remote", ["origin", "git@git.example:models.git", "ssh://git@git.example/models"])
+def test_remotes_without_a_secret(content: dict[str, Any], tmp_path: Path, remote: str) -> None:
+    content["watch"]["git_remote"] = remote
+    assert load(content, tmp_path).watch.git_remote == remote
 
 
 def test_address_of_a_dask_cluster_needs_the_runner(content: dict[str, Any], tmp_path: Path) -> None:
