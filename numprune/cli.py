@@ -326,10 +326,10 @@ def _statistics_bytes(folder: Path) -> int:
 
 
 def _depends_on(job: Job) -> dict[str, Any]:
-    """What decides the result of `numprune prune`."""
-    options = {field.name: getattr(job, field.name) for field in fields(job)}
+    """What decides the result of `numprune prune`; paths stand for their files."""
     text = Path(job.calibration)
-    return options | {"files": job.folder, "calibration": text if text.is_file() else job.calibration}
+    options = {field.name: getattr(job, field.name) for field in fields(job)}
+    return options | {"calibration": text if text.is_file() else job.calibration}
 
 
 def _plan(job: Job, work: Path) -> tuple[PreTrainedModel, PruningPlan, Measured]:
