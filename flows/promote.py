@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tasks.registry.promote import Decision
 
 
+# Others may be faster so many times in a row: more budgets than that are seldom registered at once.
 _ATTEMPTS = 5
 
 

@@ -45,9 +45,10 @@ def make_card(folder: Path, form: str) -> str:
     revision = f", revision `{source.revision}`" if source.revision else ""
     choices = ", ".join(f"{name} {plan.recipe[name]}" for name in ("selection", "allocation", "recovery", "steps"))
     tag = pipeline_tag(config)
+    task = f"pipeline_tag: {tag}\n" if tag else ""
     return f"""---
 library_name: transformers
-{f"pipeline_tag: {tag}{chr(10)}" if tag else ""}tags: [numprune, pruned, structured-pruning]
+{task}tags: [numprune, pruned, structured-pruning]
 ---
 # {title}
 

@@ -44,7 +44,7 @@ def test_interrupt_ends_the_stage_and_leaves_nothing_half_written(
                     assert flow.poll() is None, output
                     time.sleep(0.05)
                 os.killpg(flow.pid, signal.SIGINT)  # As a terminal does, workers of Dask included.
-        assert flow.wait(60) == 130, output
+        assert flow.wait(30) == 130, output
     finally:
         flow.kill()
     assert "\nStopped." in output

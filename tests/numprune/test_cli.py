@@ -209,13 +209,17 @@ def test_debug_shows_the_traceback(pruning):
     assert "device 'nonsense' cannot be used" in done.stderr
 
 
-def test_a_taken_output_is_refused_before_any_work(numprune, pruning, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "message"), [("prune", "already holds something"), ("plan", "is a folder: name a file")]
+)
+def test_a_taken_output_is_refused_before_any_work(numprune, pruning, tmp_path, command, message):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").touch()
-    done = numprune("prune", *pruning)
+    done = numprune(command, *pruning)
     assert done.returncode == 2
-    assert "already holds something" in done.stderr
+    assert message in done.stderr
     assert "capture" not in done.stderr
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_an_output_that_cannot_be_replaced_is_refused_before_any_work(numprune, pruning, tmp_path, monkeypatch):
@@ -225,16 +229,6 @@ def test_an_output_that_cannot_be_replaced_is_refused_before_any_work(numprune, 
     done = numprune("prune", *pruning)
     assert done.returncode == 2
     assert "cannot be replaced as a whole: name a folder below it" in done.stderr
-    assert "capture" not in done.stderr
-
-
-def test_a_plan_is_a_file(numprune, pruning, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "weights").touch()
-    done = numprune("plan", *pruning)
-    assert done.returncode == 2
-    assert "is a folder: name a file" in done.stderr
-    assert (tmp_path / "out" / "weights").exists()
     assert "capture" not in done.stderr
 
 

@@ -141,13 +141,20 @@ def test_norms_over_all_heads_make_up_for_heads_that_are_gone():
         assert error(path) < 0.5 * before[path]
 
 
-def test_producers_are_fitted_to_the_kept_rows(model, plan, input_ids):
-    """In the first block both streams are equal, so the producers stay as they are."""
+@pytest.fixture
+def first_block(model, plan, input_ids):
+    """The first block, dense and sliced, its groups, the units that stay, and the streams before it."""
     block, groups = model.model.layers[0], prunable_groups(model)[0]
     kept = {group.name: plan.kept(group.name) for group in groups}
     streams = Streams(model, input_ids, batch_size=5, device=torch.device("cpu"))
     pruned = copy.deepcopy(block)
     slice_block(pruned, groups, kept)
+    return block, pruned, groups, kept, streams
+
+
+def test_producers_are_fitted_to_the_kept_rows(first_block):
+    """In the first block both streams are equal, so the producers stay as they are."""
+    block, pruned, groups, kept, streams = first_block
     streams.recover(block, pruned, groups[:1], kept, refit=True)
     for producer in groups[0].producers:
         rows = groups[0].rows(producer, kept[groups[0].name])
@@ -156,13 +163,9 @@ def test_producers_are_fitted_to_the_kept_rows(model, plan, input_ids):
         )
 
 
-def test_every_layer_computes_every_batch_once(model, plan, input_ids):
+def test_every_layer_computes_every_batch_once(first_block):
     """What enters a consumer is kept: nothing before it is computed a second time for what comes after it."""
-    block, groups = model.model.layers[0], prunable_groups(model)[0]
-    kept = {group.name: plan.kept(group.name) for group in groups}
-    streams = Streams(model, input_ids, batch_size=5, device=torch.device("cpu"))
-    pruned = copy.deepcopy(block)
-    slice_block(pruned, groups, kept)
+    block, pruned, groups, kept, streams = first_block
     paths = {path for group in groups for path in (group.consumer, *(producer.path for producer in group.producers))}
     calls = Counter()
     for path in paths:
